@@ -30,11 +30,12 @@ import sys
 
 TYPE_CHECKING = False  # Type checkers take it for typing.TYPE_CHECKING, whose import would cost 5 ms.
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any, ParamSpec, TypedDict, Unpack
 
     P = ParamSpec("P")
     Sockets = tuple[tuple[str, frozenset[int] | None], ...]
+    BoxAddress = tuple[str, str] | None  # the IP address of a box of this machine, and the file of its authority or ""
 
     class LimitParams(TypedDict, total=False):
         """Parameters of every list: `limit` is the number of rows over all pages."""
@@ -60,11 +61,17 @@ ADMIN_URL = "http://localhost:9041"
 AUTH_URL = "http://localhost:9040"
 ADMIN_SOCKET = "admin.sock"        # in the folder where mad runs: beside the database
 RUNTIME_FOLDER = "/run/microauthd"  # or in RuntimeDirectory= of the service
+MARKS, MARKS_MAGIC = "tokens.marks", b"madmark1"  # beside the socket: see Marks
+CONFIG_FILES = ("mad.conf", "/etc/microauthd/mad.conf")  # of a box on this machine, unless MAD_CONFIG names it
 
 EXIT_OK, EXIT_REFUSED, EXIT_USAGE, EXIT_LOGIN, EXIT_UNREACHABLE, EXIT_INTERRUPTED = 0, 1, 2, 3, 4, 130
 EXIT_STATUSES = (
     (EXIT_OK, "done"),
-    (EXIT_REFUSED, "refused by the server, or found to be wrong by audit verify"),
+    (
+        EXIT_REFUSED,
+        "refused by the server, found to be wrong by audit verify or client check-uri, or status says that something "
+        "needs attention",
+    ),
     (EXIT_USAGE, "bad usage; nothing was sent"),
     (EXIT_LOGIN, "not logged in: no token, or it expired or was not accepted"),
     (EXIT_UNREACHABLE, "no usable answer: connection, TLS, time-out, or not a microauthd"),
@@ -285,14 +292,19 @@ class ResponseReader:
             del self.buffer[:size + 2]
 
 
-def _wrap_in_tls(connection, host: str, ca_file: str | None, timeout: float):
+def _wrap_in_tls(connection, host: str, ca_file: str | None, timeout: float, own_ca: str = ""):
     import ssl
     try:
         context = ssl.create_default_context(cafile=ca_file or None)
+        if own_ca and not ca_file:
+            context.load_verify_locations(own_ca)
     except OSError as problem:
         connection.close()
         raise Unreachable(
             0, "untrusted", f"cannot read the authorities in {ca_file}: {problem.strerror or problem}") from None
+    # From Python 3.13 on the default also refuses authorities that lack an extension of RFC 5280 §4.2.1, as many
+    # private ones do. Signatures, name and dates are verified without it: one verdict under every Python.
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     connection.settimeout(timeout)
     try:
         return context.wrap_socket(connection, server_hostname=host)
@@ -338,7 +350,7 @@ def connect_at_machine(path: str, trusted: frozenset[int] | None, timeout: float
             os.close(folder)
 
 
-def connect(url: Url, sockets: Sockets, seconds_left: Callable[[], float], ca_file: str | None):
+def connect(url: Url, sockets: Sockets, seconds_left: Callable[[], float], ca_file: str | None, box: BoxAddress = None):
     """Return a connection to the server, and whether it is one of the `sockets`. Raises OSError, Unreachable."""
     import socket
     for path, trusted in sockets:
@@ -351,19 +363,22 @@ def connect(url: Url, sockets: Sockets, seconds_left: Callable[[], float], ca_fi
                 raise Unreachable(0, "unreachable", f"cannot reach {path}: {problem.strerror or problem}",
                                   hint="is the server running, and is this its socket?") from None
     # Bytes: Python passes a str through the IDNA codec, and loading its tables costs 3 ms.
-    address = url.host.encode("ascii"), url.port
+    ip, own_ca = box or (url.host, "")
+    address = ip.encode("ascii"), url.port
     connection = socket.create_connection(address, seconds_left())  # type: ignore[arg-type]
     if url.scheme == "https":
-        connection = _wrap_in_tls(connection, url.host, ca_file, seconds_left())
+        connection = _wrap_in_tls(connection, url.host, ca_file, seconds_left(), own_ca)
     return connection, False
 
 
 def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | None,
-             timeout: float, ca_file: str | None, sockets: Sockets = ()) -> tuple[int, dict, bytes]:
+             timeout: float, ca_file: str | None, sockets: Sockets = (),
+             box: BoxAddress = None) -> tuple[int, dict, bytes]:
     """Send one request and return the status, the header fields by lower-case name, and the body of the response.
 
     `target` is the request target, already escaped. `sockets` are tried before the address: the path of each, and the
-    uids whose socket it may be, or None for one that is used alone. Raises Unreachable, also when the exchange takes
+    uids whose socket it may be, or None for one that is used alone. `box` has the IP address of a box of this machine,
+    whose name need not resolve, and the file of its own authority. Raises Unreachable, also when the exchange takes
     more than `timeout` seconds or the response is longer than MAX_HEADER_BYTES and MAX_BODY_BYTES allow.
     """
     from time import monotonic
@@ -378,7 +393,7 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
     url_text = url.text
     connection, is_local = None, False
     try:
-        connection, is_local = connect(url, sockets, seconds_left, ca_file)
+        connection, is_local = connect(url, sockets, seconds_left, ca_file, box)
         # The port tells a server that was reached by its socket whether it is the one that is meant.
         host = f"[{url.host}]" if ":" in url.host else url.host
         lines = [f"{method} {target} HTTP/1.1", f"Host: {host}:{url.port}" if is_local else "Host: " + url.authority,
@@ -401,7 +416,7 @@ def exchange(url: Url, method: str, target: str, headers: dict, body: bytes | No
             connection.close()
     if is_local and answer[0] == 421 and sockets[0][1] is not None:
         # It is the socket of another server of this machine, or not for this user. Nothing was done. RFC 9110 §15.5.20
-        return exchange(url, method, target, headers, body, timeout, ca_file)
+        return exchange(url, method, target, headers, body, timeout, ca_file, box=box)
     return answer
 
 
@@ -482,6 +497,11 @@ def _path(*parts: str) -> str:
 def _without_none(**members) -> dict:
     """Return the members that are not None: a PUT leaves the absent ones unchanged."""
     return {name: value for name, value in members.items() if value is not None}
+
+
+def _flag(value: bool | None) -> str | None:
+    """Return a flag as a query carries it."""
+    return None if value is None else str(value).lower()
 
 
 def is_uuid(text: str) -> bool:
@@ -610,10 +630,11 @@ class Response:
 class ApiClient:
     """Sends requests to the server at `url`, authenticated by the bearer `token` if there is one.
 
-    `sockets` of the machine are tried before that address, as exchange() does.
+    `sockets` of the machine are tried before that address, and `box` is where it is, as exchange() does.
     """
 
     sockets: Sockets = ()
+    box: BoxAddress = None
 
     def __init__(self, url: str, token: str | None, ca_file: str | None, timeout: float | None):
         self.url, self.token = url, token
@@ -642,7 +663,7 @@ class ApiClient:
         if any(not (text.isascii() and text.isprintable()) for item in all_headers.items() for text in item):
             raise BadValue("a header has characters no header has")
         status, received, octets = exchange(url, method, url.base + target, all_headers, body, self.timeout,
-                                            self.ca_file, self.sockets)
+                                            self.ca_file, self.sockets, self.box)
         if 300 <= status < 400:
             raise Unreachable(status, "bad_answer", f"{url.text} redirects elsewhere, which is not followed",
                               hint="give the address it leads to, if you trust it")
@@ -910,13 +931,24 @@ class MadClient(ApiClient):
             username=username, email=email, password=password, email_verified=email_verified))
 
     @paged_list(*SEARCH_PARAMS)
-    def list_users(self, is_active: str | None = None, **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
-        """GET /users. Return [User]. `is_active`: "true" (when None), "false" or "all"."""
-        return self.pages("/users", _without_none(is_active=is_active), **search)
+    def list_users(self, is_active: str | None = None, is_admin: bool | None = None, locked: bool | None = None,
+                   totp: bool | None = None, role: str | None = None, unused_since: str | None = None,
+                   **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
+        """GET /users. Return [User]. `is_active`: "true" (when None), "false" or "all".
+
+        `unused_since` is a date-time: those who did not log in since then.
+        """
+        return self.pages("/users", _without_none(
+            is_active=is_active, is_admin=_flag(is_admin), locked=_flag(locked), totp=_flag(totp), role=role,
+            unused_since=unused_since), **search)
 
     def get_user(self, id: str) -> dict:
         """GET /users/{id}. Return User."""
         return self.request("GET", _path("users", id))
+
+    def make_recovery_codes(self, id: str) -> dict:
+        """POST /users/{id}/recovery-codes. Return {recovery_codes}, which cannot be read again; others are void."""
+        return self.request("POST", _path("users", id, "recovery-codes"))
 
     def update_user(self, id: str, username: str | None = None, email: str | None = None,
                     is_active: bool | None = None) -> dict:
@@ -944,9 +976,10 @@ class MadClient(ApiClient):
         """DELETE /users/{id}. Return Msg. This cannot be undone."""
         return self.request("DELETE", _path("users", id))
 
-    def set_lockout(self, id: str, lockout_until: str) -> dict:
+    def set_lockout(self, id: str, lockout_until: str, reason: str | None = None) -> dict:
         """POST /users/{id}/set-lockout. Return Msg. `lockout_until` is ISO 8601 in UTC; 9999 is for ever."""
-        return self.request("POST", _path("users", id, "set-lockout"), json={"lockout_until": lockout_until})
+        return self.request("POST", _path("users", id, "set-lockout"),
+                            json=_without_none(lockout_until=lockout_until, reason=reason))
 
     def clear_lockout(self, id: str) -> dict:
         """POST /users/{id}/clear-lockout. Return Msg."""
@@ -960,6 +993,28 @@ class MadClient(ApiClient):
         identifier = {"user_id" if is_uuid(user) else "username": user}
         return self.request("POST", "/users/verify-password",
                             json=identifier | _without_none(password=password, totp=totp))
+
+    def create_user_without_password(self, username: str, email: str, email_verified: bool | None = None) -> dict:
+        """POST /users. Return the new User, whose password nobody knows: `invite_user` makes a link to choose one."""
+        return self.request("POST", "/users", json=_without_none(
+            username=username, email=email, email_verified=email_verified, without_password=True))
+
+    def invite_user(self, id: str, purpose: str = "invite") -> dict:
+        """POST /users/{id}/invitations. Return {id, user_id, purpose, created_by, created_at, expires_at, url}.
+
+        Whoever has `url` chooses the password of the user, once within 24 hours; it cannot be read again. It replaces
+        an earlier one. `purpose` is invite, which also offers a second factor, or reset.
+        """
+        return self.request("POST", _path("users", id, "invitations"), json={"purpose": purpose})
+
+    @paged_list(*LIMIT_PARAMS)
+    def list_invitations_of_user(self, id: str, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
+        """GET /users/{id}/invitations. Return [Invitation]: the living one, without its link."""
+        return self.pages(_path("users", id, "invitations"), **search)
+
+    def delete_invitation(self, id: str) -> dict:
+        """DELETE /invitations/{id}. Return Msg."""
+        return self.request("DELETE", _path("invitations", id))
 
     def revoke_user(self, id: str) -> dict:
         """POST /users/{id}/revoke. Return Msg. Ends every session, token and login of the user."""
@@ -1010,9 +1065,9 @@ class MadClient(ApiClient):
         return self.request("PUT", _path("roles", id), json=members)
 
     @paged_list(*SEARCH_PARAMS)
-    def list_roles(self, **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
-        """GET /roles. Return [Role]."""
-        return self.pages("/roles", **search)
+    def list_roles(self, with_: str | None = None, **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
+        """GET /roles. Return [Role]. `with_` asks for more members: "permissions", "user_count" or both."""
+        return self.pages("/roles", _without_none(**{"with": with_}), **search)
 
     def get_role(self, id: str) -> dict:
         """GET /roles/{id}. Return Role."""
@@ -1090,9 +1145,10 @@ class MadClient(ApiClient):
         """GET /permissions/user/{user_id}. Return [Permission], those of all roles of the user."""
         return self.pages(_path("permissions", "user", user_id), **search)
 
-    def check_access(self, user_id: str, permission_id: str) -> dict:
-        """POST /check-access. Return {user_id, permission_id, allowed}."""
-        answer = self.request("POST", "/check-access", json={"user_id": user_id, "permission_id": permission_id})
+    def check_access(self, user_id: str, permission_id: str, explain: bool | None = None) -> dict:
+        """POST /check-access. Return {user_id, permission_id, allowed}; with `explain` also `reason` and `by_roles`."""
+        answer = self.request("POST", "/check-access", json=_without_none(
+            user_id=user_id, permission_id=permission_id, explain=explain))
         if not isinstance(answer.get("allowed"), bool):
             raise _bad_response("the answer is not the JSON it should be")
         return answer
@@ -1139,6 +1195,14 @@ class MadClient(ApiClient):
         """GET /users/{user_id}/scopes. Return [Scope]."""
         return self.pages(_path("users", user_id, "scopes"), **search)
 
+    def set_scopes_of_user(self, user_id: str, scope_ids: list[str]) -> list[dict]:
+        """PUT /users/{user_id}/scopes. Return [Scope]. The user has these scopes afterwards and no others."""
+        return self.request("PUT", _path("users", user_id, "scopes"), json={"scope_ids": scope_ids}, expected=list)
+
+    def set_scopes_of_client(self, client_id: str, scope_ids: list[str]) -> list[dict]:
+        """PUT /clients/{client_id}/scopes. Return [Scope]. The client has these scopes afterwards and no others."""
+        return self.request("PUT", _path("clients", client_id, "scopes"), json={"scope_ids": scope_ids}, expected=list)
+
     def remove_scope_from_user(self, user_id: str, scope_id: str) -> dict:
         """DELETE /users/{user_id}/scopes/{scope_id}. Return Msg."""
         return self.request("DELETE", _path("users", user_id, "scopes", scope_id))
@@ -1161,17 +1225,21 @@ class MadClient(ApiClient):
     def create_client(self, client_id: str, client_secret: str | None = None, *, public: bool = False,
                       display_name: str = "", audience: str = "microauthd", grant_types: list[str] | None = None,
                       scopes: list[str] | None = None, may_introspect: bool | None = None,
-                      allow_http_redirects: bool | None = None, allow_short_schemes: bool | None = None) -> dict:
+                      allow_http_redirects: bool | None = None, allow_short_schemes: bool | None = None,
+                      is_first_party: bool | None = None, redirect_uris: list[str] | None = None,
+                      post_logout_redirect_uris: list[str] | None = None, cors_origins: list[str] | None = None,
+                      flags: dict[str, dict] | None = None) -> dict:
         """POST /clients. Return the new Client, with `client_secret` if the server generated one.
 
         The server generates a secret for a confidential client without `client_secret`; it cannot be read again.
-        `scopes` are names.
+        `scopes` are names. `flags` is {flag: {"is_enabled", "options"}}. If a part is refused, nothing is registered.
         """
         return self.request("POST", "/clients", json=_without_none(
             client_id=client_id, client_secret=client_secret, display_name=display_name, audience=audience,
             client_type="public" if public else "confidential", grant_types=grant_types, scopes=scopes,
             may_introspect=may_introspect, allow_http_redirects=allow_http_redirects,
-            allow_short_schemes=allow_short_schemes))
+            allow_short_schemes=allow_short_schemes, is_first_party=is_first_party, redirect_uris=redirect_uris,
+            post_logout_redirect_uris=post_logout_redirect_uris, cors_origins=cors_origins, flags=flags))
 
     def update_client(self, id: str, client_id: str | None = None, display_name: str | None = None,
                       audience: str | None = None, is_active: bool | None = None, *,
@@ -1190,9 +1258,11 @@ class MadClient(ApiClient):
             allow_http_redirects=allow_http_redirects, allow_short_schemes=allow_short_schemes))
 
     @paged_list(*SEARCH_PARAMS)
-    def list_clients(self, **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
-        """GET /clients. Return [Client]."""
-        return self.pages("/clients", **search)
+    def list_clients(self, client_type: str | None = None, is_active: bool | None = None,
+                     grant_type: str | None = None, **search: Unpack[SearchParams]) -> Iterator[list[dict]]:
+        """GET /clients. Return [Client], filtered by what is given."""
+        return self.pages("/clients", _without_none(
+            client_type=client_type, is_active=_flag(is_active), grant_type=grant_type), **search)
 
     def get_client(self, id: str) -> dict:
         """GET /clients/{id}. Return Client."""
@@ -1205,6 +1275,28 @@ class MadClient(ApiClient):
     def revoke_client(self, id: str) -> dict:
         """POST /clients/{id}/revoke. Return Msg. Revokes every token and ends every session of the client."""
         return self.request("POST", _path("clients", id, "revoke"))
+
+    def preview_tokens(self, id: str, user_id: str | None = None, scope: str | None = None,
+                       claims: dict | None = None) -> dict:
+        """POST /clients/{id}/preview. Return {refused, obstacles, scopes, consent, access_token, id_token, userinfo}.
+
+        Of the client's own token without `user_id`. Nothing is signed. `claims` is that of OpenID Connect Core §5.5.
+        """
+        return self.request("POST", _path("clients", id, "preview"), json=_without_none(
+            user_id=user_id, scope=scope, claims=claims))
+
+    @paged_list(*PAGE_PARAMS)
+    def list_consents_for_client(self, id: str, **search: Unpack[PageParams]) -> Iterator[list[dict]]:
+        """GET /clients/{id}/consents. Return [{user_id, username, scopes, given_at}]."""
+        return self.pages(_path("clients", id, "consents"), **search)
+
+    def revoke_consents_for_client(self, id: str) -> dict:
+        """DELETE /clients/{id}/consents. Return Msg. Ends every token and login of the client."""
+        return self.request("DELETE", _path("clients", id, "consents"))
+
+    def revoke_all_consents(self) -> dict:
+        """DELETE /consents. Return Msg. Ends every token and login of the clients that had any."""
+        return self.request("DELETE", "/consents")
 
     def change_client_secret(self, id: str, new_secret: str | None = None, overlap_seconds: int | None = None) -> dict:
         """POST /clients/secret. Return Msg whose `message` is the new secret, generated by the server if not given.
@@ -1229,6 +1321,13 @@ class MadClient(ApiClient):
     def add_redirect_uri(self, id: str, uri: str) -> dict:
         """POST /clients/{id}/redirect-uris. Return the new ClientUri."""
         return self.request("POST", _path("clients", id, "redirect-uris"), json=uri)
+
+    def check_uri(self, id: str, kind: str, uri: str) -> dict:
+        """POST /clients/{id}/uris/check. Return {ok, reason, nearest}. Nothing is changed.
+
+        `kind` is redirect, post_logout or cors_origin.
+        """
+        return self.request("POST", _path("clients", id, "uris", "check"), json={"kind": kind, "uri": uri})
 
     @paged_list(*LIMIT_PARAMS)
     def list_redirect_uris(self, client_id: str, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
@@ -1324,10 +1423,30 @@ class MadClient(ApiClient):
     # -- sessions and refresh tokens --
 
     @paged_list(*SORT_PARAMS)
-    def list_sessions(self, user_id: str | None = None, client_id: str | None = None,
+    def list_sessions(self, user_id: str | None = None, client_id: str | None = None, living: bool | None = None,
+                      ip_address: str | None = None, mad_use: str | None = None, sid: str | None = None,
                       **search: Unpack[SortParams]) -> Iterator[list[dict]]:
-        """GET /sessions. Return [Session], newest first, filtered by user and by client if they are given."""
-        return self.pages("/sessions", _without_none(user_id=user_id, client_id=client_id), **search)
+        """GET /sessions. Return [Session], newest first, filtered by what is given.
+
+        `living` selects those that are alive, `mad_use` those of auth or admin, `sid` those of a login.
+        """
+        return self.pages("/sessions", _without_none(
+            user_id=user_id, client_id=client_id, living=_flag(living),
+            ip_address=ip_address, mad_use=mad_use, sid=sid), **search)
+
+    @paged_list(*PAGE_PARAMS)
+    def list_browser_sessions(self, user_id: str | None = None, ip_address: str | None = None,
+                              **search: Unpack[PageParams]) -> Iterator[list[dict]]:
+        """GET /browser-sessions. Return [{id, user_id, username, amr, authenticated_at, last_seen_at, …}]."""
+        return self.pages("/browser-sessions", _without_none(user_id=user_id, ip_address=ip_address), **search)
+
+    def end_browser_session(self, id: str) -> dict:
+        """DELETE /browser-sessions/{id}. Return Msg. Ends every login at a client that began in that browser."""
+        return self.request("DELETE", _path("browser-sessions", id))
+
+    def revoke_everything(self) -> dict:
+        """POST /sessions/revoke-all. Return Msg. Ends every session, login and token, the one in use too."""
+        return self.request("POST", "/sessions/revoke-all")
 
     def get_session(self, id: str) -> dict:
         """GET /sessions/{id}. Return Session. `id` is the token's `jti`."""
@@ -1341,6 +1460,18 @@ class MadClient(ApiClient):
     def revoke_session(self, id: str) -> dict:
         """DELETE /sessions/{id}. Return {jti, status, message}."""
         return self.request("DELETE", _path("sessions", id))
+
+    def list_own_sessions(self) -> list[dict]:
+        """GET /dashboard/sessions. Return [ConsoleSession]: the caller's own at the console, and logins for tokens."""
+        return self.request("GET", "/dashboard/sessions")
+
+    def end_own_session(self, id: str) -> dict:
+        """DELETE /dashboard/sessions/{id}. Return Msg."""
+        return self.request("DELETE", _path("dashboard", "sessions", id))
+
+    def end_other_sessions(self) -> dict:
+        """DELETE /dashboard/sessions. Return Msg. The session of this request stays."""
+        return self.request("DELETE", "/dashboard/sessions")
 
     def revoke_token(self, token: str) -> dict:
         """POST /revoke. Return Msg. `token` is a token of AUTH, or an admin token."""
@@ -1383,11 +1514,13 @@ class MadClient(ApiClient):
     @paged_list(*PAGE_PARAMS)
     def list_audit_logs(self, user_id: str | None = None, action: str | None = None, limit: int | None = 100, *,
                         target: str | None = None, since: str | None = None, until: str | None = None,
-                        after: str | None = None, offset: int | None = None) -> Iterator[list[dict]]:
+                        after: str | None = None, offset: int | None = None, result: str | None = None,
+                        ip_address: str | None = None, request_id: str | None = None,
+                        about: str | None = None) -> Iterator[list[dict]]:
         """GET /audit-logs. Return [AuditLog], newest first; with `after` those of greater ids, oldest first.
 
-        `user_id` is the actor. `action` and `target` must match exactly. `since` and `until` are ISO 8601 or Unix
-        seconds.
+        `user_id` is the actor. `action`, `target`, `result`, `ip_address` and `request_id` must match exactly. `about`
+        is a user, as actor or as whom an entry is about. `since` and `until` are ISO 8601 or Unix seconds.
         """
         if limit == 0:
             raise BadValue("a limit is at least 1; a negative one means all")
@@ -1397,7 +1530,7 @@ class MadClient(ApiClient):
             size = PAGE_SIZE if rows_left is None else min(rows_left, PAGE_SIZE)
             rows = self.request("GET", "/audit-logs", expected=list, query=_without_none(
                 userId=user_id, action=action, target=target, since=since, until=until, after=after, limit=size,
-                offset=offset))
+                offset=offset, result=result, ip_address=ip_address, request_id=request_id, about=about))
             # Entries written between two requests shift the offsets, so a page may repeat entries of the one before.
             new_rows = [row for row in rows[:size] if row.get("id") not in seen_ids]
             yield new_rows
@@ -1414,6 +1547,10 @@ class MadClient(ApiClient):
         """GET /audit-logs/{id}. Return AuditLog."""
         return self.request("GET", _path("audit-logs", id))
 
+    def list_audit_actions(self) -> list[str]:
+        """GET /audit-logs/actions. Return the actions of which the log has entries."""
+        return self.request("GET", "/audit-logs/actions", expected=(list,))
+
     def verify_audit_logs(self) -> dict:
         """GET /audit-logs/verify. Return {valid, rows, first_seq, last_seq, head, reason}.
 
@@ -1425,12 +1562,17 @@ class MadClient(ApiClient):
         return answer
 
     @paged_list(*LIMIT_PARAMS)
-    def export_audit_logs(self, after: str | None = None, limit: int | None = None) -> Iterator[list[dict]]:
-        """GET /audit-logs/export. Return [AuditLog], all entries with ids greater than `after`, oldest first."""
+    def export_audit_logs(self, after: str | None = None, limit: int | None = None,
+                          **filters: str | None) -> Iterator[list[dict]]:
+        """GET /audit-logs/export. Return [AuditLog], all entries with ids greater than `after`, oldest first.
+
+        `filters` are user_id and those of `list_audit_logs`.
+        """
         rows_left = limit
         while rows_left is None or rows_left > 0:
             answer = self.send("GET", "/audit-logs/export", expected=bytes, query=_without_none(
-                after=after, limit=EXPORT_PAGE_SIZE if rows_left is None else min(rows_left, EXPORT_PAGE_SIZE)))
+                **filters, after=after,
+                limit=EXPORT_PAGE_SIZE if rows_left is None else min(rows_left, EXPORT_PAGE_SIZE)))
             try:
                 rows = [read_json(text) for text in answer.value.split(b"\n") if text.strip()]
             except ValueError:
@@ -1449,7 +1591,36 @@ class MadClient(ApiClient):
         """POST /audit-logs/purge. Return Msg. `days` > 0."""
         return self.request("POST", "/audit-logs/purge", json={"older_than_days": days})
 
+    # -- the box --
+
+    def get_status(self) -> dict:
+        """GET /status. Return Status: how the box is, and `attention`, what an operator has to settle."""
+        return self.request("GET", "/status")
+
+    def get_history(self, series: str | None = None, range: str | None = None) -> dict:
+        """GET /status/history. Return {from, step, series: {name: [number or None]}}. `series` are names with commas
+        between; `range` is 1h, 1d or 7d.
+        """
+        return self.request("GET", "/status/history", query=_without_none(series=series, range=range))
+
     # -- backups --
+
+    @paged_list(*LIMIT_PARAMS)
+    def list_keys(self, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
+        """GET /keys. Return [{kid, ring, alg, state, since, signs, signs_from, gone_after}]."""
+        return self.pages("/keys", **search)
+
+    def key_impact(self, kid: str) -> dict:
+        """GET /keys/{kid}/impact. Return {kid, ring, state, tokens, is_lower_bound, users, clients, cached_seconds}."""
+        return self.request("GET", _path("keys", kid, "impact"))
+
+    def rotate_keys(self, ring: str | None = None, alg: str | None = None) -> list[dict]:
+        """POST /keys/rotate. Return the new keys, which sign after `key-overlap` seconds."""
+        return self.request("POST", "/keys/rotate", json=_without_none(ring=ring, alg=alg), expected=list)
+
+    def revoke_key(self, kid: str) -> dict:
+        """POST /keys/{kid}/revoke. Return Msg. No token that the key signed is valid any more."""
+        return self.request("POST", _path("keys", kid, "revoke"))
 
     def make_backup(self, without_keys: bool = False) -> dict:
         """POST /backup. Return a Backup: `name`, `bytes`, `sha256`, `users`, `clients`, `newest_at`.
@@ -1457,6 +1628,16 @@ class MadClient(ApiClient):
         The file stays on the server until `delete_backup`.
         """
         return self.request("POST", "/backup", json={"without_keys": without_keys})
+
+    @paged_list(*LIMIT_PARAMS)
+    def list_backups(self, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
+        """GET /backup. Return [{name, created_at, bytes, sha256, kind}], newest first."""
+        return self.pages("/backup", **search)
+
+    @paged_list(*LIMIT_PARAMS)
+    def list_options(self, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
+        """GET /options. Return [{name, value, origin, default, group, meaning, is_secret, needs_restart}]."""
+        return self.pages("/options", **search)
 
     def read_backup(self, name: str) -> Iterator[bytes]:
         """GET /backup/{name}. Return the octets of the file, in pieces."""
@@ -1641,6 +1822,123 @@ class Profile:
         return True
 
 
+class Marks:
+    """The marks that a server leaves for programs of its machine: what they say of a token changes when it may have
+    been revoked.
+
+    24 octets - MARKS_MAGIC, a number of the server's start, its AUTH port - then cells of 8 octets. The first changes
+    when a client, its rights or a signing key do, another when a token does whose `jti` leads to it.
+    """
+
+    def __init__(self, content: bytes):
+        self.content = content
+
+    @classmethod
+    def find(cls, port: int, folders: Iterable[tuple[str, frozenset[int]]]) -> Marks | None:
+        """Return the marks of the server with that AUTH port, or None. `folders` are where to look, and whose they are
+        to be.
+        """
+        for folder, owners in folders:
+            try:
+                descriptor = os.open(os.path.join(folder, MARKS), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if os.fstat(descriptor).st_uid not in owners:
+                        continue
+                    content = os.read(descriptor, 1 << 16)
+                finally:
+                    os.close(descriptor)
+            except OSError:
+                continue
+            if content[:8] == MARKS_MAGIC and int.from_bytes(content[16:24], "big") == port and len(content) > 64:
+                return cls(content)
+        return None
+
+    def of(self, answer: dict) -> str:
+        """Return what the marks say of the token in a response."""
+        from zlib import crc32
+        try:
+            jti = decode_jwt(answer["access_token"])[1]["jti"].encode()
+        except (ValueError, KeyError, TypeError, AttributeError):
+            jti = b""  # no token of microauthd
+        cell = 24 + 8 * (crc32(jti) % (len(self.content) // 8 - 4) + 1)
+        return (self.content[8:16] + self.content[24:32] + self.content[cell:cell + 8]).hex()
+
+
+class Box:
+    """The box of this machine whose mad.conf is found: the URLs of its ports, its IP addresses, its data folder.
+
+    mad.conf is believed only from root and the user who runs mad.
+    """
+
+    def __init__(self, path: str, settings: dict[str, str]):
+        self.folder = os.path.dirname(os.path.abspath(settings.get("db-file") or "mad.db3"))
+        if path != "mad.conf" and not os.path.isabs(settings.get("db-file") or "mad.db3"):
+            beside = os.path.dirname(os.path.abspath(path))
+            self.folder = "/var/lib/microauthd" if beside == "/etc/microauthd" else beside
+        try:  # a folder that a mad.conf which is believed names: that of the service's user, for root
+            self.owner = os.stat(self.folder).st_uid
+        except OSError:
+            self.owner = 0
+        self.urls: dict[str, str] = {}
+        self.addresses: dict[str, str] = {}  # by URL
+        issuer = settings.get("oidc-issuer", "").partition("://")[2].partition("/")[0]
+        names = {"auth": issuer or settings.get("auth-domain", ""), "admin": settings.get("admin-domain", "")}
+        for side, default in (("auth", "9040"), ("admin", "9041")):
+            ip, port = settings.get(side + "-ip") or "127.0.0.1", settings.get(side + "-port") or default
+            ip = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ip, ip)  # noqa: S104 - every address, of which this is one
+            name, colon, end = names[side].rpartition(":")
+            host = (name if colon and end.isdigit() else names[side]) or "localhost"
+            if not settings.get(side + "-ssl-cert-file"):
+                host = "localhost" if ip in ("127.0.0.1", "::1") else f"[{ip}]" if ":" in ip else ip
+            scheme = "https" if settings.get(side + "-ssl-cert-file") else "http"
+            url = f"{scheme}://{host}:{port}"
+            try:
+                url = Url(url).text
+            except BadValue:
+                pass  # its mad.conf is wrong, which the server says better
+            self.urls[side] = url
+            self.addresses[url] = ip if scheme == "https" else ""
+
+    @classmethod
+    def find(cls) -> Box | None:
+        """Return the box of MAD_CONFIG, of this folder, or of the service; None if there is none that may be read."""
+        for path in [os.environ["MAD_CONFIG"]] if os.environ.get("MAD_CONFIG") else CONFIG_FILES:
+            try:
+                with open(path, encoding="utf-8", errors="replace") as file:
+                    info = os.fstat(file.fileno())
+                    if info.st_uid not in (0, os.geteuid()) or info.st_mode & 0o022 or not info.st_mode & 0o100000:
+                        continue
+                    return cls(path, cls.read(file))
+            except OSError:
+                continue
+        return None
+
+    @staticmethod
+    def read(lines: Iterable[str]) -> dict[str, str]:
+        """Return the settings of a mad.conf. What is malformed is the server's to refuse."""
+        found = {}
+        for line in lines:
+            key, equals, value = line.partition("=")
+            key, value = key.strip().lower(), value.strip()
+            if equals and key[:1] not in "#;":
+                quoted = value[:1] == '"' and value.find('"', 1) > 0
+                value = value[1:value.find('"', 1)] if quoted else value.partition("#")[0].partition(";")[0].strip()
+                found[key + "-file" if key.endswith("-ssl-cert") else key] = value  # the other name of that option
+        return found
+
+    def address(self, url: str) -> BoxAddress:
+        """Return where a URL of this box is, and the file of its own authority; None if it is no URL of TLS of it."""
+        if not self.addresses.get(url):
+            return None
+        path = os.path.join(self.folder, "ca.pem")
+        try:
+            info = os.stat(path)
+            is_safe = info.st_uid in (0, os.geteuid(), self.owner) and not info.st_mode & 0o022
+        except OSError:
+            is_safe = False
+        return self.addresses[url], path if is_safe else ""
+
+
 class TokenCache:
     """The cache of `mad token get`, one file per token.
 
@@ -1669,8 +1967,11 @@ class TokenCache:
             return False
         return stat.S_ISDIR(info.st_mode) and info.st_uid == os.geteuid() and not info.st_mode & 0o077
 
-    def find(self, now: int) -> dict | None:
-        """Return the cached token response with `expires_in` as of `now`, or None if none is valid long enough."""
+    def find(self, now: int, marks: Marks | None = None) -> dict | None:
+        """Return the cached token response with `expires_in` as of `now`, or None if none is valid long enough.
+
+        `marks` are those of the server, if it runs on this machine: they tell whether it may have been revoked.
+        """
         try:
             text = read_private_file(self.path) if self._folder_is_private() else None
             if not text:
@@ -1680,12 +1981,17 @@ class TokenCache:
             # The lower bound detects a clock that was set back, which would make an old token look valid.
             if not stored_at - CACHE_MARGIN <= now < expires_at - CACHE_MARGIN:
                 return None
+            if marks and marks.of(answer) != entry.get("mark"):
+                return None
             return {**_check_token_response(answer), "expires_in": int(expires_at - now)}
         except (CommandError, MadError, ValueError, TypeError, KeyError, AttributeError):
             return None
 
-    def store(self, answer: dict, now: int) -> None:
-        """Store a token response that has a usable `expires_in`, and delete the files of expired tokens."""
+    def store(self, answer: dict, now: int, marks: Marks | None = None) -> None:
+        """Store a token response that has a usable `expires_in`, and delete the files of expired tokens.
+
+        `marks` were read before it was asked for.
+        """
         from json import dumps
         ttl = answer.get("expires_in")
         if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not CACHE_MARGIN < ttl < 1e9:
@@ -1702,7 +2008,8 @@ class TokenCache:
                 return
             expires_at = now + int(ttl)
             # The file's mtime is set to the expiry, so the loop below need not read the files.
-            entry = {"stored_at": now, "expires_at": expires_at, "answer": answer}
+            entry = {"stored_at": now, "expires_at": expires_at, "answer": answer,
+                     "mark": marks.of(answer) if marks else None}
             write_private_file(self.path, dumps(entry), expires_at)
             for name in os.listdir(self.folder):
                 path = os.path.join(self.folder, name)
@@ -1780,19 +2087,20 @@ class Command:
 
     `at_least_one` demands one of the options that are not required, so that an update changes something. `positional`
     names the option whose value may be given without its name. `confirm_by` makes the command ask on a terminal: for
-    the value of the option that it names, or for y if it is "".
+    the value of the option that it names, or for y if it is "". `judge` returns the exit status for a result.
     """
-    __slots__ = ("at_least_one", "call", "confirm_by", "example", "help", "name", "options", "positional", "quiet",
-                 "render", "streams", "transform", "with_context", "without_client")
+    __slots__ = ("at_least_one", "call", "confirm_by", "example", "help", "judge", "name", "options", "positional",
+                 "quiet", "render", "streams", "transform", "with_context", "without_client")
 
     def __init__(self, name: str, help: str, call: Any, options: tuple[Option, ...], render: Any, example: str = "", *,
                  without_client: bool = False, with_context: bool = False, at_least_one: bool = False,
                  transform: Callable[[Any], Any] | None = None, quiet: Callable[[Any], list[str]] | None = None,
-                 streams: bool = False, confirm_by: str | None = None, positional: str = ""):
+                 streams: bool = False, confirm_by: str | None = None, positional: str = "",
+                 judge: Callable[[dict], int] | None = None):
         self.name, self.help, self.call, self.render, self.example = name, help, call, render, example
         self.without_client, self.with_context, self.at_least_one = without_client, with_context, at_least_one
         self.transform, self.quiet = transform, quiet
-        self.streams, self.confirm_by, self.positional = streams, confirm_by, positional
+        self.streams, self.confirm_by, self.positional, self.judge = streams, confirm_by, positional, judge
         self.options = tuple(options)
         if self.is_list:
             own_names = [option.name for option in options]
@@ -2166,6 +2474,74 @@ def render_message(row: dict) -> list[str]:
     return [printable(row.get("message")) or "done"]
 
 
+def _size(octets) -> str:
+    """Return a number of octets in a unit that a person reads."""
+    number, unit = float(octets or 0), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if number < 1000:
+            break
+        number, unit = number / 1000, larger
+    return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"
+
+
+def render_status(status: dict) -> list[str]:
+    """Render a Status, what needs attention last."""
+    state = {"well": "is well", "attention": "needs attention", "stopped": "does not run"}
+    workers, clock, disk = (status.get(name) or {} for name in ("workers", "clock", "disk"))
+    rows = []
+    if pid := printable(status.get("pid")):
+        others = f"{printable(workers.get('running'))} of {printable(workers.get('expected'))}"
+        rows = [("since", format_cell("since_at", status.get("since"))),
+                ("processes", f"supervisor {pid}, {others} others" if workers.get("expected") else pid)]
+    for end in status.get("endpoints") or []:
+        host = printable(end.get("address"))
+        address = f"{'https' if end.get('tls') else 'http'}://{f'[{host}]' if ':' in host else host}:{end.get('port')}"
+        rows.append((printable(end.get("name")), printable(end["path"]) if end.get("path") else address))
+    rows += [("issuer", printable(status.get("issuer")))]
+    for title, member in (("certificate", "certificate"), ("admin certificate", "admin_certificate")):
+        if found := status.get(member):
+            rows.append((title, f"until {format_cell('not_after_at', found.get('not_after'))}, sha256 "
+                                f"{printable(found.get('fingerprint'))[:16]}\u2026"))
+    rows.append(("clock", f"{printable(clock.get('state'))}, {format_cell('now_at', clock.get('now'))}"))
+    last, plan = status.get("last_backup"), status.get("backups") or {}
+    rows.append(("last backup", f"{format_cell('made_at', last.get('at'))} {printable(last.get('name'))}, "
+                 f"{_size(last.get('bytes'))}, {printable(last.get('kind'))}" if last else "none"))
+    if plan.get("every"):
+        rows.append(("next backup", f"{format_cell('next_at', plan.get('next_at'))}, {plan.get('keep')} are kept"))
+    rows.append(("disk", f"{_size(disk.get('free'))} of {_size(disk.get('total'))} free; database "
+                 f"{_size(disk.get('database'))}, WAL {_size(disk.get('wal'))}, log {_size(disk.get('log'))}"))
+    width = max(len(title) for title, _ in rows)
+    lines = [f"microauthd {printable(status.get('version'))} {state.get(status.get('state', ''), '')}".rstrip()]
+    lines += [(title + ":").ljust(width + 3) + text for title, text in rows]
+    for found in status.get("attention") or []:
+        since = f" (since {format_cell('since_at', found['since'])})" if found.get("since") else ""
+        lines.append(f"{printable(found.get('severity'))}: {printable(found.get('text'))}{since}")
+        if found.get("command"):
+            lines.append("  see: " + printable(found["command"]))
+    return lines
+
+
+def render_history(answer: dict) -> list[str]:
+    """Render figures over time in at most 60 lines: neighbouring points are added up, and a gap counts nothing."""
+    from datetime import datetime
+    try:
+        begin = datetime.fromisoformat(answer["from"]).timestamp()
+        step, series = answer["step"] + 0, answer["series"]
+        columns = {printable(name): list(points) for name, points in series.items()}
+        size = max(1, -(-max(map(len, columns.values())) // 60))
+        rows = [["TIME (UTC)", *(name.upper() for name in columns)]]
+        for start in range(0, max(map(len, columns.values())), size):
+            cells = [format_utc(begin + start * step, "")]
+            for points in columns.values():
+                known = [point for point in points[start:start + size] if point is not None]
+                cells.append(str(sum(known)) if known else "-")
+            rows.append(cells)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise _bad_response("the answer has no figures in it") from None
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
 def with_client_secret(render):
     """Return a function that renders a new client secret, if there is one, and then the object."""
     def render_both(row: dict) -> list[str]:
@@ -2429,8 +2805,20 @@ class Context:
         self.commands = commands
         self.options, self.json, self.quiet = options, options.get("json", False), options.get("quiet", False)
         self.profile = Profile()
+        self.found_box: tuple[Box | None, ...] = ()
 
     # -- addresses --
+
+    @property
+    def box(self) -> Box | None:
+        """The box of this machine, looked for once."""
+        if not self.found_box:
+            self.found_box = (Box.find(),)
+        return self.found_box[0]
+
+    def box_address(self, url: Url) -> BoxAddress:
+        """Return where the box of this machine is that `url` means, for https; its own authority is trusted there."""
+        return self.box.address(url.text) if url.scheme == "https" and self.box else None
 
     def url(self, text: str, origin: str) -> Url:
         """Return the URL, with a warning if tokens would travel unencrypted. Raises CommandError.
@@ -2450,12 +2838,24 @@ class Context:
             return self.url(text, "--admin-url")
         if text := os.environ.get("MAD_ADMIN_URL"):
             return self.url(text, "MAD_ADMIN_URL")
-        return self.url(self.profile.url() or ADMIN_URL, self.profile.url_path)
+        if text := self.profile.url():
+            return self.url(text, self.profile.url_path)
+        return self.url_of_box("admin", ADMIN_URL)
 
     def auth_url(self) -> Url:
         if text := self.options.get("auth-url"):
             return self.url(text, "--auth-url")
-        return self.url(os.environ.get("MAD_AUTH_URL") or AUTH_URL, "MAD_AUTH_URL")
+        if text := os.environ.get("MAD_AUTH_URL"):
+            return self.url(text, "MAD_AUTH_URL")
+        return self.url_of_box("auth", AUTH_URL)
+
+    def url_of_box(self, side: str, default: str) -> Url:
+        """Return the URL of a port of this machine's box, where nothing else names one. It does not leave the machine.
+        """
+        try:
+            return Url(self.box.urls[side] if self.box else default)
+        except BadValue:
+            return Url(default)
 
     def issuer_url(self) -> Url:
         """Return the URL of the server that issued the saved token. Raises CommandError."""
@@ -2502,6 +2902,30 @@ class Context:
                                hint=hint)
 
     @staticmethod
+    def runtime_folder() -> list[tuple[str, frozenset[int]]]:
+        """Return RUNTIME_FOLDER and the uids whose files there are a server's, or nothing if there is none.
+
+        Only root can make this folder, and does so for the user of the service.
+        """
+        ours = frozenset((0, os.geteuid()))
+        try:
+            folder = os.lstat(RUNTIME_FOLDER)
+        except OSError:
+            return []
+        return [(RUNTIME_FOLDER, ours if folder.st_mode & 0o022 else ours | {folder.st_uid})]
+
+    def marks(self, url: Url) -> Marks | None:
+        """Return the marks of the server at `url`, if it runs on this machine."""
+        ours = frozenset((0, os.geteuid()))
+        box = self.found_box[0] if self.found_box else None
+        if not url.is_loopback and not (box and url.text in box.urls.values()):
+            return None
+        folders = [("", ours), *self.runtime_folder()]
+        if box:
+            folders.append((box.folder, ours | {box.owner}))
+        return Marks.find(url.port, folders)
+
+    @staticmethod
     def admin_sockets(url: Url) -> Sockets:
         """Return the Unix sockets by which ADMIN knows that mad runs at the machine, and whose each may be."""
         if (named := os.environ.get("MAD_ADMIN_SOCKET")) is not None:
@@ -2518,13 +2942,7 @@ class Context:
                               f"trust that user: MAD_ADMIN_SOCKET={ADMIN_SOCKET}")
         except OSError:
             pass
-        try:
-            # Only root can make this folder, and does so for the user of the service.
-            folder = os.lstat(RUNTIME_FOLDER)
-            found.append((os.path.join(RUNTIME_FOLDER, ADMIN_SOCKET),
-                          ours if folder.st_mode & 0o022 else ours | {folder.st_uid}))
-        except OSError:
-            pass
+        found += [(os.path.join(folder, ADMIN_SOCKET), owners) for folder, owners in Context.runtime_folder()]
         return tuple(found)
 
     def client(self, url: Url | None = None, token: str | None = None) -> MadClient:
@@ -2532,7 +2950,7 @@ class Context:
         url = url or self.admin_url()
         client = MadClient(url.text, self.admin_token(url) if token is None else token,
                            ca_file=os.environ.get("MAD_CA_FILE") or None)
-        client.sockets = self.admin_sockets(url)
+        client.sockets, client.box = self.admin_sockets(url), self.box_address(url)
         return client
 
     # -- secrets, ids, confirmation --
@@ -2701,9 +3119,17 @@ def client_update(client: MadClient, id: str, **members) -> dict:
     return changed
 
 
+def read_flags(texts: list[str] | None) -> dict[str, dict] | None:
+    """Return the flags of a new client: each text is the name of one, or NAME=OPTION."""
+    if texts is None:
+        return None
+    pairs = [text.partition("=") for text in texts]
+    return {name.upper(): {"is_enabled": True, "options": option} for name, _, option in pairs}
+
+
 def client_create(context: Context, client_id: str, secret: str | None = None, gen_password: int | None = None,
                   public: bool = False, introspect: bool | None = None, grant: list | None = None,
-                  scope: list | None = None, **members) -> dict:
+                  scope: list | None = None, flag: list | None = None, **members) -> dict:
     """POST /clients. Create a client. The result has `client_secret` if mad or the server generated one."""
     if public and (secret is not None or gen_password is not None):
         raise CommandError(EXIT_USAGE, "usage", "a public client has no secret")
@@ -2716,11 +3142,38 @@ def client_create(context: Context, client_id: str, secret: str | None = None, g
         raise CommandError(EXIT_USAGE, "usage", "--quiet would lose the secret that is made",
                            hint="use --json, or give one with --secret-stdin")
     client = context.client().create_client(client_id, secret, public=public, grant_types=grant, scopes=scope,
-                                            may_introspect=introspect, **members)
+                                            may_introspect=introspect, flags=read_flags(flag), **members)
     warn_about_switches(members)
     if generated:
         client["client_secret"] = generated
     return client
+
+
+def client_preview(client: MadClient, id: str, claims: str | None = None, **members) -> dict:
+    """POST /clients/{id}/preview. Show what a client would get; `claims` is JSON."""
+    import json
+    try:
+        found = None if claims is None else json.loads(claims)
+    except ValueError:
+        found = claims
+    if found is not None and not isinstance(found, dict):
+        raise CommandError(EXIT_USAGE, "usage", "--claims is no JSON object")
+    return client.preview_tokens(id, claims=found, **members)
+
+
+def render_preview(preview: dict) -> list[str]:
+    """Return the lines for a preview: what is in the way, the scopes, and each token's header and claims."""
+    scopes = preview.get("scopes") or {}
+    lines = ["refused: " + printable(preview["refused"])] if preview.get("refused") else []
+    lines += ["in the way: " + printable(one) for one in preview.get("obstacles") or ()]
+    lines.append("granted: " + printable(" ".join(scopes.get("granted") or ()) or "(no scope)"))
+    lines += [f"left out: {printable(name)}: {printable(why)}" for name, why in (scopes.get("left_out") or {}).items()]
+    if preview.get("consent"):
+        lines.append("asked for first: " + printable(" ".join(preview["consent"])))
+    for part in ("access_token", "id_token", "userinfo"):
+        if preview.get(part):
+            lines += [f"{part}, not signed:", "  " + printable(to_json(preview[part]))]
+    return lines
 
 
 def user_totp_enroll(context: Context, client: MadClient, id: str, client_id: str | None = None,
@@ -2753,6 +3206,10 @@ def user_totp_enroll(context: Context, client: MadClient, id: str, client_id: st
         print_message("hint", "put it into an authenticator, then confirm it with: "
                       f"mad user totp-verify --user-id {context.options['id']} --code CODE")
     return answer
+
+
+def render_codes(answer: dict) -> list[str]:
+    return [printable(code) for code in answer.get("recovery_codes") or ()]
 
 
 def render_enrolment(answer: dict) -> list[str]:
@@ -2820,10 +3277,10 @@ def _wait_unless_closed(seconds: float) -> bool:
 
 
 def audit_tail(context: Context, client: MadClient, lines: int = 10, interval: int = 1, user_id: str | None = None,
-               action: str | None = None, target: str | None = None) -> Iterator[list[dict]]:
+               action: str | None = None, target: str | None = None, **more: Any) -> Iterator[list[dict]]:
     """GET /audit-logs. Yield new entries of the audit log until the reader of stdout closes it."""
     def fetch(**filters) -> list[dict]:
-        return client.list_audit_logs(user_id, action, target=target, **filters)
+        return client.list_audit_logs(user_id, action, target=target, **more, **filters)
     rows = fetch(limit=max(lines, 1))
     after = max(map(_sequence_number, rows), default=0)
     yield rows[:lines][::-1]
@@ -2890,7 +3347,7 @@ def render_jwt(parts: dict) -> list[str]:
 
 
 def token_get(context: Context, client_id: str | None = None, secret: str | None = None, scope: str | None = None,
-              no_cache: bool = False) -> dict:
+              no_cache: bool = False, fresh: bool = False) -> dict:
     """Return a token response for a machine client, from the cache while the token is valid."""
     from time import time
     url = context.auth_url()
@@ -2905,9 +3362,11 @@ def token_get(context: Context, client_id: str | None = None, secret: str | None
                            hint="set MAD_CLIENT_SECRET, or pipe it in with --secret-stdin")
     scope = " ".join((scope or "").split())
     cache = None if no_cache else TokenCache(url.text, client_id, scope, secret)
-    if cache and (answer := cache.find(int(time()))):
+    marks = context.marks(url) if cache else None
+    if cache and not fresh and (answer := cache.find(int(time()), marks)):
         return answer
     client = AuthClient(url.text, client_id, secret, ca_file=os.environ.get("MAD_CA_FILE") or None)
+    client.box = context.box_address(url)
     asked_at = int(time())
     try:
         answer = client.client_credentials(scope)
@@ -2916,7 +3375,7 @@ def token_get(context: Context, client_id: str | None = None, secret: str | None
             problem.hint = "check the client id and its secret"
         raise
     if cache:
-        cache.store(answer, asked_at)
+        cache.store(answer, asked_at, marks)
     return answer
 
 
@@ -2934,7 +3393,18 @@ def render_access_token(answer: dict) -> list[str]:
 
 
 def describe_access(answer: dict) -> dict:
-    return {"success": True, "message": "allowed" if answer["allowed"] else "not allowed", **answer}
+    message = "allowed" if answer["allowed"] else "not allowed"
+    if answer.get("reason"):
+        message += ": " + " ".join([str(answer["reason"]), *(f"({role})" for role in answer.get("by_roles") or ())])
+    return {"success": True, "message": message, **answer}
+
+
+def describe_uri_verdict(answer: dict) -> dict:
+    wrong = f"the URI {answer.get('reason')}"
+    if answer.get("nearest"):
+        wrong += f"; the nearest that it has is {answer['nearest']}"
+    return {**answer, "success": answer.get("ok") is True,
+            "message": "the URI would be taken" if answer.get("ok") is True else wrong}
 
 
 def with_success(answer: dict) -> dict:
@@ -2996,13 +3466,19 @@ PURGE_OPTIONS = (
 AUDIT_FILTERS = (
     Option("user-id", "who did it", collection="users", allow_unknown=True), Option("action", "exactly this action"),
     Option("target", "exactly this target"),
+    Option("result", "only what succeeded, or what failed", choices=("success", "failure")),
+    Option("ip-address", "only what came from this address", metavar="ADDRESS"),
+    Option("request-id", "only what one request did", metavar="ID"),
+    Option("about", "what a user did, and what was done to the user", collection="users", allow_unknown=True),
 )
+KID = Option("kid", "the key's identifier", required=True, metavar="KID")
 JWT = Option("token", "the token; - reads standard input", "token", required=True, metavar="JWT")
 NEW_SECRET = Option("secret", "better from stdin: an argument is visible to every process", "secret",
                     stdin="secret-stdin")
 
 USER_FIELDS = fields("id", "username", "email", "is_active", "email_verified", "totp_enabled", "lockout_until",
-                     "created_at")
+                     "lockout_reason", "lockout_by", "totp_locked_until", "recovery_codes_left", "is_admin", "roles",
+                     "last_login_at", "created_at")
 ROLE_FIELDS = fields("id", "name", "description", "is_protected", "is_privileged")
 ROLE_TABLE = table("roles", "id", "name", "is_protected", "description")
 PERMISSION_TABLE = table("permissions", "id", "name")
@@ -3010,7 +3486,8 @@ SCOPE_FIELDS = fields("id", "name", "description=desc", "created_at", "is_active
 SCOPE_TABLE = table("scopes", "id", "name", "description=desc")
 CLIENT_FIELDS = fields("id", "client_id", "display_name", "audience", "client_type", "grant_types", "scopes",
                        "may_introspect", "is_first_party", "allow_http_redirects", "allow_short_schemes",
-                       "access_token_signed_alg", "id_token_signed_response_alg", "is_active", "created_at")
+                       "access_token_signed_alg", "id_token_signed_response_alg", "is_active", "created_at",
+                       "last_token_at")
 USER_TABLE = table("users", "id", "username", "email", "is_active")
 CLIENT_TABLE = table("clients", "id", "client_id", "is_active", "display_name")
 REDIRECT_URI_TABLE = table("redirect URIs", "id", "redirect_uri")
@@ -3018,7 +3495,7 @@ URI_TABLE = table("URIs", "id", "uri")
 IDP_MEMBERS = ("id", "key=provider_key", "display_name", "issuer")
 FLAG_TABLE = table("flags", "flag", "is_enabled", "options")
 SESSION_FIELDS = fields("id", "user_id", "username", "client_id", "token_use", "login_method", "is_revoked",
-                        "issued_at", "expires_at")
+                        "issued_at", "expires_at", "sid", "scope", "ip_address", "user_agent")
 SESSION_TABLE = table("sessions", "id", "user_id", "client_id", "use=token_use", "is_revoked", "expires=expires_at")
 REFRESH_TOKEN_TABLE = table("refresh tokens", "id", "user_id", "is_revoked", "expires=expires_at")
 AUDIT_MEMBERS = ("id", "user=actor_id", "action", "result", "target", "secondary", "time=timestamp")
@@ -3045,16 +3522,32 @@ def session_commands(noun: str) -> tuple:
         Command(noun + " list", "list the sessions, newest first", MadClient.list_sessions, (
             Option("user-id", "only those of this user", collection="users"),
             Option("client-id", "only those at this client", metavar="ID|NAME"),
+            Option("living", "only those that are alive", "flag"),
+            Option("ip-address", "only those of logins from this address", metavar="ADDRESS"),
+            Option("mad-use", "only tokens of this port", choices=("auth", "admin")),
+            Option("sid", "only those of this login", metavar="SID"),
         ), SESSION_TABLE, f"mad {noun} list --user-id bob"),
         Command(noun + " get", "show a session", MadClient.get_session, (RECORD_ID,), SESSION_FIELDS,
                 f"mad {noun} get --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c"),
         Command(noun + " list-by-user", "list the sessions of a user", MadClient.list_sessions_of_user, (USER_ID,),
                 SESSION_TABLE, f"mad {noun} list-by-user --user-id bob"),
-        Command(noun + " introspect", "have the server read an AUTH token", MadClient.introspect, (JWT,),
+        Command(noun + " introspect", "have the server read a token, and tell why it is not active",
+                MadClient.introspect, (JWT,),
                 lambda claims: [f"{printable(name)}: {printable(value)}" for name, value in claims.items()],
                 f"mad {noun} introspect --token -"),
         Command(noun + " revoke", "revoke a session and its token", MadClient.revoke_session, (RECORD_ID,),
                 render_message, f"mad {noun} revoke --id 019344f2c1d47a5b9a4c3e2d1f0a9b8c", transform=with_success),
+        Command(noun + " browsers", "list who is logged in at a browser, the last used first",
+                MadClient.list_browser_sessions, (
+            Option("user-id", "only those of this user", collection="users"),
+            Option("ip-address", "only those from this address", metavar="ADDRESS"),
+        ), table("browser sessions", "id", "username", "ip_address", "last_seen=last_seen_at", "user_agent"),
+                f"mad {noun} browsers --user-id bob"),
+        Command(noun + " end-browser", "log a browser out, with every login that began in it",
+                MadClient.end_browser_session, (RECORD_ID,), render_message, f"mad {noun} end-browser --id "
+                "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"),
+        Command(noun + " revoke-all", "end everything ever issued to anybody, your own login too",
+                MadClient.revoke_everything, (), render_message, f"mad {noun} revoke-all", confirm_by=""),
         Command(noun + " purge", "delete the rows of old sessions", MadClient.purge_sessions, PURGE_OPTIONS,
                 render_message, f"mad {noun} purge --older-than 86400 --expired", confirm_by=""),
     )
@@ -3070,6 +3563,9 @@ def audit_commands(noun: str) -> tuple:
             Option("after", "only entries with a greater id; then oldest first", metavar="ID"),
             Option("limit", "at most so many in all (100); a negative number means all", "number"),
         ), table("entries", *AUDIT_MEMBERS), f"mad {noun} list --action user_created --since 2030-01-31"),
+        Command(noun + " actions", "list the actions of which the log has entries", MadClient.list_audit_actions, (),
+                lambda actions: [printable(action) for action in actions], f"mad {noun} actions",
+                quiet=lambda actions: [printable(action) for action in actions]),
         Command(noun + " get", "show an entry", MadClient.get_audit_log, (RECORD_ID,),
                 fields(*AUDIT_MEMBERS, "ip_address", "user_agent", "request_id", "row_sha256"),
                 f"mad {noun} get --id 17"),
@@ -3078,6 +3574,7 @@ def audit_commands(noun: str) -> tuple:
                                  "head: " + printable(row.get("head"))],
                 f"mad {noun} verify", transform=describe_chain),
         Command(noun + " export", "print the whole log as NDJSON, oldest first", MadClient.export_audit_logs, (
+            *AUDIT_FILTERS, Option("since", "not before this", "moment"), Option("until", "not after this", "moment"),
             Option("after", "only entries with a greater id", metavar="ID"),
             Option("limit", "at most so many in all", "number", minimum=1),
         ), to_ndjson, f"mad {noun} export > audit.ndjson", streams=True),
@@ -3106,6 +3603,14 @@ COMMANDS = (
         Option("admin-url", "address of the ADMIN server"),
     ), fields("subject=sub", "username", "roles", "expires=expires_at", "token_use", "url"),
         "mad session status --json", without_client=True, quiet=lambda status: [printable(status["sub"])]),
+    Command("session mine", "list your own sessions at the console, and logins of mad", MadClient.list_own_sessions, (),
+            table("sessions", "id", "kind", "is_current", "last_seen=last_seen_at", "expires=expires_at", "ip_address"),
+            "mad session mine"),
+    Command("session end-mine", "end one of your own sessions at the console, or logins of mad",
+            MadClient.end_own_session, (RECORD_ID,), render_message,
+            "mad session end-mine --id 019344f2c1d47a5b9a4c3e"),
+    Command("session end-others", "end all of your own sessions at the console and logins of mad but this one",
+            MadClient.end_other_sessions, (), render_message, "mad session end-others"),
     *session_commands("session"),
 
     # -- user --
@@ -3119,6 +3624,11 @@ COMMANDS = (
         "mad user create --username bob --user-email bob@example.org --password-stdin < password.txt"),
     Command("user list", "list the users", MadClient.list_users, (
         Option("is-active", "those who may log in (true), those who may not, or all", choices=("true", "false", "all")),
+        Option("is-admin", "only administrators (true), or all others", "flag"),
+        Option("locked", "only who is locked out now (true), or is not", "flag"),
+        Option("totp", "only who has a second factor (true), or has none", "flag"),
+        Option("role", "only who has this role", metavar="ID|NAME"),
+        Option("unused-since", "only who did not log in since then", "moment"),
     ), USER_TABLE, "mad user list --is-active all --q example.org --sort -created_at"),
     Command("user get", "show a user", MadClient.get_user, (ID_OF_USER,), USER_FIELDS, "mad user get --id bob"),
     Command("user update", "change name, e-mail or state of a user", MadClient.update_user, (
@@ -3139,6 +3649,26 @@ COMMANDS = (
             render_message, "mad user delete --id bob", confirm_by="id"),
     Command("user revoke", "end every session, token and login of a user", MadClient.revoke_user, (ID_OF_USER,),
             render_message, "mad user revoke --id bob", confirm_by=""),
+    Command("user create-without-password", "create a user, to be invited to choose a password",
+            MadClient.create_user_without_password, (
+        Option("username", "name to log in with", required=True),
+        Option("user-email", "e-mail address", required=True, dest="email"),
+        Option("verified", "the address is known to be theirs", "flag", dest="email_verified"),
+    ), line_template("created user {username} with id {id}"),
+        "mad user create-without-password --username bob --user-email bob@example.org"),
+    Command("user invite", "make a link by which a user chooses a password, once within 24 hours",
+            MadClient.invite_user, (
+        ID_OF_USER, Option("purpose", "invite also offers a second factor, reset keeps what there is (invite)",
+                           choices=("invite", "reset")),
+    ), lambda row: ["the link, shown this once: " + printable(row["url"]),
+                    "it works until " + format_cell("expires_at", row.get("expires_at"))],
+        "mad user invite --id bob", quiet=lambda row: [printable(row["url"])]),
+    Command("user invitations", "show whether a link waits for a user", MadClient.list_invitations_of_user,
+            (ID_OF_USER,), table("invitations", "id", "purpose", "created_by", "created_at", "expires_at"),
+            "mad user invitations --id bob"),
+    Command("user delete-invitation", "make a link that was not used yet work no more", MadClient.delete_invitation,
+            (RECORD_ID,), render_message,
+            "mad user delete-invitation --id 0b9c7f0e-5a1c-4f61-9e0e-3f8b8f0f4a11", confirm_by=""),
     Command("user consents", "list what a user allowed clients, and since when", MadClient.list_consents_of_user,
             (ID_OF_USER,), table("consents", "client_id", "display_name", "scopes", "given_at"),
             "mad user consents --id bob"),
@@ -3156,6 +3686,7 @@ COMMANDS = (
     Command("user set-lockout", "lock a user out for a time", MadClient.set_lockout, (
         ID_OF_USER, Option("until", "ISO 8601 date-time, in UTC unless it says otherwise, or permanent", "lockout",
                            required=True, dest="lockout_until"),
+        Option("reason", "why, for other administrators", metavar="TEXT"),
     ), render_message, "mad user set-lockout --id bob --until 2030-01-31T12:00:00Z"),
     Command("user clear-lockout", "end the lockout of a user", MadClient.clear_lockout, (ID_OF_USER,), render_message,
             "mad user clear-lockout --id bob"),
@@ -3172,6 +3703,9 @@ COMMANDS = (
     Command("user totp-verify", "confirm a second factor with its first code", MadClient.verify_totp, (
         USER_ID, OPTIONAL_CLIENT_ID, Option("code", "the six digits", required=True),
     ), render_message, "mad user totp-verify --user-id bob --code 123456"),
+    Command("user recovery-codes", "make new recovery codes for a user, and show them once",
+            MadClient.make_recovery_codes, (ID_OF_USER,), render_codes, "mad user recovery-codes --id bob",
+            quiet=render_codes),
     Command("user disable-totp", "remove the second factor of a user", MadClient.disable_totp,
             (USER_ID, OPTIONAL_CLIENT_ID), render_message, "mad user disable-totp --user-id bob", confirm_by=""),
 
@@ -3180,7 +3714,10 @@ COMMANDS = (
             line_template("created role {name} with id {id}"), "mad role create --name Operator"),
     Command("role update", "change a role", MadClient.update_role, (ID_OF_ROLE, NEW_NAME, DESCRIPTION, PRIVILEGED),
             ROLE_FIELDS, "mad role update --id Operator --description 'runs the plant'", at_least_one=True),
-    Command("role list", "list the roles", MadClient.list_roles, (), ROLE_TABLE, "mad role list"),
+    Command("role list", "list the roles", MadClient.list_roles, (
+        Option("with", "show more with --json: permissions, user_count or both", dest="with_",
+               metavar="permissions,user_count"),
+    ), ROLE_TABLE, "mad role list --with permissions,user_count --json"),
     Command("role get", "show a role", MadClient.get_role, (ID_OF_ROLE,), ROLE_FIELDS, "mad role get --id Operator"),
     Command("role delete", "delete a role", MadClient.delete_role, (ID_OF_ROLE,), render_message,
             "mad role delete --id Operator", confirm_by="id"),
@@ -3220,7 +3757,7 @@ COMMANDS = (
     Command("permission list-for-user", "list what a user may do", MadClient.list_permissions_of_user, (USER_ID,),
             PERMISSION_TABLE, "mad permission list-for-user --user-id bob"),
     Command("permission check-access", "tell whether a user has a permission", MadClient.check_access,
-            (USER_ID, PERMISSION_ID), render_message,
+            (USER_ID, PERMISSION_ID, Option("explain", "tell why, and by which roles", "flag")), render_message,
             "mad permission check-access --user-id bob --permission-id door.open", transform=describe_access),
 
     # -- client --
@@ -3233,10 +3770,21 @@ COMMANDS = (
         Option("grant", "a grant type it may use, one or more; the password grant must be named", "list"),
         Option("scope", "the name of a scope it may ask for, one or more", "list", metavar="NAME"),
         Option("introspect", "may introspect tokens of other clients", "flag"),
+        Option("first-party", "is our own (true), so that nobody is asked for consent", "flag", dest="is_first_party"),
+        Option("redirect-uri", "where people come back to after login, one or more", "list", dest="redirect_uris"),
+        Option("post-logout-uri", "where people may be sent after logout, one or more", "list",
+               dest="post_logout_redirect_uris"),
+        Option("cors-origin", "an origin whose pages may call AUTH as this client, one or more", "list",
+               dest="cors_origins", metavar="ORIGIN"),
+        Option("flag", "a feature to switch on, one or more; with its option as NAME=OPTION", "list"),
         *URI_SWITCHES, *SERVER_OPTIONS,
     ), with_client_secret(line_template("created client {client_id} with id {id}")),
         "mad client create --client-id sensor --grant client_credentials --scope read", without_client=True),
-    Command("client list", "list the clients", MadClient.list_clients, (), CLIENT_TABLE, "mad client list"),
+    Command("client list", "list the clients", MadClient.list_clients, (
+        Option("client-type", "only those of this type", choices=("confidential", "public")),
+        Option("is-active", "only those that may get tokens (true), or may not", "flag"),
+        Option("grant-type", "only those that may use this grant", metavar="GRANT"),
+    ), CLIENT_TABLE, "mad client list --grant-type password"),
     Command("client get", "show a client", MadClient.get_client, (ID_OF_CLIENT,), CLIENT_FIELDS,
             "mad client get --id sensor"),
     Command("client update", "change a client", client_update, (
@@ -3262,6 +3810,20 @@ COMMANDS = (
         ID_OF_CLIENT, Option("secret-id", "its id, of mad client secrets", required=True, metavar="ID"),
     ), render_message, "mad client delete-secret --id sensor --secret-id 0b9c7f0e-5a1c-4f61-9e0e-3f8b8f0f4a11",
         confirm_by=""),
+    Command("client consents", "list what users allowed a client, and since when",
+            MadClient.list_consents_for_client, (ID_OF_CLIENT,),
+            table("consents", "user_id", "username", "scopes", "given_at"), "mad client consents --id web"),
+    Command("client delete-consents", "take back what every user allowed a client, and end its logins and tokens",
+            MadClient.revoke_consents_for_client, (ID_OF_CLIENT,), render_message,
+            "mad client delete-consents --id web", confirm_by="id"),
+    Command("client delete-all-consents", "take back what every user allowed every client, and end their logins",
+            MadClient.revoke_all_consents, (), render_message, "mad client delete-all-consents", confirm_by=""),
+    Command("client preview", "show what a client would get for a user, or for itself; no token is made",
+            client_preview, (
+        ID_OF_CLIENT, Option("user-id", "the user who would log in", collection="users"),
+        Option("scope", "what the client would ask for, separated by blanks"),
+        Option("claims", "the claims parameter of OpenID Connect", metavar="JSON"),
+    ), render_preview, "mad client preview --id web --user-id bob --scope 'openid profile'"),
     Command("client revoke", "end everything issued to a client", MadClient.revoke_client, (ID_OF_CLIENT,),
             render_message, "mad client revoke --id sensor", confirm_by=""),
     Command("client add-redirect-uri", "allow a client a redirect URI", MadClient.add_redirect_uri, (ID_OF_CLIENT, URI),
@@ -3275,6 +3837,11 @@ COMMANDS = (
                parent=("client-id", MadClient.list_redirect_uris, ("redirect_uri", "uri"))),
     ), render_message, "mad client delete-redirect-uri --client-id app --id https://app.example/callback",
         confirm_by=""),
+    Command("client check-uri", "tell whether a client could be given a URI, and if not, why", MadClient.check_uri, (
+        ID_OF_CLIENT, Option("kind", "what it is for", choices=("redirect", "post_logout", "cors_origin"),
+                             required=True), URI,
+    ), render_message, "mad client check-uri --id app --kind redirect --uri https://app.example/callback",
+        transform=describe_uri_verdict),
     *uri_commands("post-logout-uri", "a URI to send people to after logout", (
         MadClient.add_post_logout_uri, MadClient.list_post_logout_uris, MadClient.delete_post_logout_uri),
         "https://app.example/bye"),
@@ -3341,6 +3908,11 @@ COMMANDS = (
     Command("scope remove-from-client", "take a scope from a client", MadClient.remove_scope_from_client,
             (CLIENT_ID, SCOPE_ID), render_message, "mad scope remove-from-client --client-id sensor --scope-id write"),
 
+    Command("scope set-for-user", "make these the scopes of a user, and no others", MadClient.set_scopes_of_user,
+            (USER_ID, SCOPE_IDS), SCOPE_TABLE, "mad scope set-for-user --user-id bob --scope-id read write"),
+    Command("scope set-for-client", "make these the scopes of a client, and no others",
+            MadClient.set_scopes_of_client, (CLIENT_ID, SCOPE_IDS), SCOPE_TABLE,
+            "mad scope set-for-client --client-id sensor --scope-id read write"),
     Command("scope list-users", "list the users who have a scope", MadClient.list_users_of_scope, (ID_OF_SCOPE,),
             USER_TABLE, "mad scope list-users --id read"),
     Command("scope list-clients", "list the clients that may ask for a scope", MadClient.list_clients_of_scope,
@@ -3363,7 +3935,10 @@ COMMANDS = (
     *audit_commands("audit"),
     *audit_commands("auditlog"),
 
-    # -- backup --
+    # -- the box --
+    Command("status", "tell how the box is, and what needs attention", MadClient.get_status, (), render_status,
+            "mad status", quiet=lambda status: [printable(status.get("state"))],
+            judge=lambda status: EXIT_REFUSED if status.get("attention") else EXIT_OK),
     Command("backup", "make a backup of the whole box and fetch it", backup, (
         Option("file", "where to put it; the word after backup says it too", required=True, metavar="FILE"),
         Option("force", "write over a file that is there", "flag"),
@@ -3371,6 +3946,36 @@ COMMANDS = (
     ), line_template("{name}: {bytes} bytes, {users} users, {clients} clients"),
         "mad backup box.backup", with_context=True, positional="file",
         quiet=lambda created: [printable(created.get("name"))]),
+
+    # -- figures --
+    Command("status history", "show how often things happened over time", MadClient.get_history, (
+        Option("series", "which, separated by commas: requests, tokens, logins, failures, lockouts (all)"),
+        Option("range", "how far back (1d)", choices=("1h", "1d", "7d")),
+    ), render_history, quiet=render_history, example="mad status history --series tokens,failures --range 7d"),
+
+    Command("backups list", "list the backups that the server keeps", MadClient.list_backups, (),
+            table("backups", "name", "created_at", "bytes", "sha256"), "mad backups list"),
+    Command("backups delete", "delete a backup that the server keeps", MadClient.delete_backup, (
+        Option("name", "its name, of mad backups list", required=True),
+    ), render_message, "mad backups delete --name microauthd-20300131T120000Z-0a1b2c3d.backup", confirm_by="name"),
+
+    # -- option --
+    Command("option list", "list every setting, where it is from and what it means", MadClient.list_options, (),
+            table("options", "name", "value", "origin", "meaning"), "mad option list"),
+
+    # -- key --
+    Command("key list", "list the keys of both rings: which signs, waits or retires", MadClient.list_keys, (),
+            table("keys", "kid", "ring", "alg", "state", "signs", "signs_from", "gone_after"), "mad key list"),
+    Command("key impact", "tell what would end if a key were revoked", MadClient.key_impact, (KID,),
+            fields("kid", "ring", "state", "tokens", "is_lower_bound", "users", "clients", "cached_seconds"),
+            "mad key impact --kid kA3fVZrk9Qx3nYdW2m0cC8s7u1bTq4LhEoJvN5iRwXg"),
+    Command("key rotate", "publish a next key beside each that signs", MadClient.rotate_keys, (
+        Option("ring", "only of this ring", choices=("auth", "admin")),
+        Option("alg", "only of this algorithm, ES256 or RS256"),
+    ), lambda keys: [f"{printable(key.get('kid'))} signs from {printable(key.get('signs_from'))}" for key in keys],
+        "mad key rotate --ring auth", quiet=lambda keys: [printable(key.get("kid")) for key in keys]),
+    Command("key revoke", "revoke a stolen key: what it signed is valid no more", MadClient.revoke_key, (KID,),
+            render_message, "mad key revoke --kid kA3fVZrk9Qx3nYdW2m0cC8s7u1bTq4LhEoJvN5iRwXg", confirm_by="kid"),
 
     # -- token, completion --
     Command("token", "take a JWT apart, without verifying it", token_inspect, (JWT,), render_jwt,
@@ -3381,6 +3986,7 @@ COMMANDS = (
         Option("auth-url", "address of the AUTH server"), Option("client-id", "the client", metavar="ID"),
         Option(None, "read the client secret from standard input", "secret", stdin="secret-stdin", dest="secret"),
         Option("scope", "what to ask for, separated by blanks"),
+        Option("fresh", "fetch a new token, and keep it in place of a cached one", "flag"),
         Option("no-cache", "neither use nor keep a cached token", "flag"),
     ), render_access_token,
         "curl -H \"Authorization: Bearer $(mad token get --scope read)\" https://api.example/meters",
@@ -3462,6 +4068,8 @@ def print_result(command: Command, context: Context, result) -> int:
             print(text)
         if has_failed:
             print_message("error", result.get("message", ""))
+    if command.judge:
+        return command.judge(result)
     return EXIT_REFUSED if isinstance(result, dict) and result.get("success") is False else EXIT_OK
 
 

@@ -64,38 +64,49 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
-from appliance.base.settings import Options
+from appliance.base.settings import OPTIONS, Options, describe_options, show_value
 from appliance.base.shared import Buckets
+from appliance.base.metrics import (
+    Counters, FIGURES, History, LOCKOUTS, LOGINS, NO_ROUTE, OPENMETRICS, OTHER, RANGES, TEXT as METRICS_TEXT, TOKENS,
+    show_metrics,
+)
 from appliance.base.log import Log, escape
 from appliance.base.headers import HSTS, security_headers
 from appliance.base.peers import networks_of
 from appliance.base.files import file_fingerprint, is_visible_below, remove_below, write_below
 from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
 from appliance.base.store import (
-    Account, AtLeast, AuditRow, AuthorizationCode, BrowserSession, Client, ClientRow, ClientUri, ExternalIdp, FAILURE,
-    FOREVER, Family, LOCKOUT_MAX, ListedRefreshToken, ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID,
-    MAD_ADMIN_ROLE_NAME, OVERLAP_MAX, ParkedHints, Permission, RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS,
-    Scope, Session, Store,
+    Account, AdminSession, AtLeast, AuditRow, AuthorizationCode, BrowserSession, Client, ClientRow, ClientUri,
+    ExternalIdp, FAILURE, FOREVER, Family, Invitation, LOCKOUT_MAX, ListedRefreshToken, ListedSession,
+    LoginTransaction, MAD_ADMIN_ROLE_ID, MAD_ADMIN_ROLE_NAME, OVERLAP_MAX, ParkedHints, Permission, RefreshToken, Role,
+    SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
 )
 from appliance.base.openapi import FORM, JSON, Route, Routes, describe_api, may_be_empty
 from appliance.base.objects import (
     AccessClaims, AccessVerdict, AccountForm, AddUri, AdminTokenForm, AssignPermission, AssignScopes, AuditObject,
-    AuditVerdict, AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, ChangeSecret, CheckAccess,
-    ClientObject, CodeForm, ConfirmTotp, ConsentForm, ConsentObject, CreateClient, CreatePermission, CreateRole,
-    CreateScope, CreateUser, EMAIL_MAX, EndSessionForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GRANT_TYPES,
-    GenerateTotp, HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, IdTokenClaims, IdpObject,
-    Introspection, Jwks, LABEL_MAX, ListAudit, ListClients, ListNamed, ListRoles, ListSessions, ListUsers,
-    LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, OAuthError, OfClient, PASSWORD_MAX, PROVIDER_KEY_MAX,
-    Paged, PasswordForm, PasswordVerdict, PermissionMember, Ping, PkceStep, ProvisionUser, PurgeAudit, PurgeTokens,
-    PutIdp, RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, SECRET_MAX, SECRET_MIN,
-    ScopeMember, ScopeObject, SecretObject, SelectForm, SessionObject, SetFlag, SetFlagOption, SetLockout, SetRoles,
-    StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject, TotpEnrolment, TotpQr, UNSET, URI_MAX, USERNAME_MAX,
-    UpdateClient, UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UserInfo, UserObject,
-    VerifyPassword, VerifyTotp, Version, iso, read_time,
+    AuditVerdict, AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, BrowserSessionObject,
+    ChangeSecret, CheckAccess, ClientObject, CodeForm, ConfirmTotp, ConsentForm, ConsentObject, ConsoleObject,
+    ConsoleSession, ConsoleUser, CreateClient, CreatePermission, CreateRole, CreateScope, CreateUser, EMAIL_MAX,
+    EndSessionForm, EnrolForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GRANT_TYPES, GenerateTotp,
+    HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, HistoryObject, IdTokenClaims, IdpObject,
+    Introspection, InvitationObject, Invite, InviteForm, InvitePageForm, Jwks, KeyImpact, KeyObject, LABEL_MAX,
+    ListAudit, ListBrowserSessions, ListClients, ListNamed, ListRoleMatrix, ListRoles, ListSessions, ListUsers,
+    ListedBackup, LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag, NewInvitation, OAuthError,
+    OfClient, OptionObject, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PagedById, PasswordForm, PasswordVerdict,
+    PermissionMember, Ping, PkceStep, Preview, PreviewTokens, PreviewedScopes, PreviewedToken, Proof, ProvisionUser,
+    PurgeAudit, PurgeTokens, PutIdp, REASON_MAX, ReadHistory, RecoveryCodes, RefreshTokenObject, ResetPassword,
+    Revoked, RoleMember, RoleObject, RoleRef, RoleWithMore, RotateKeys, SECRET_MAX, SECRET_MIN, ScopeMember,
+    ScopeObject, SearchUsers, SecretObject, SelectForm, SessionDetails, SessionObject, SetFlag, SetFlagOption,
+    SetLockout, SetRoles, SetScopes, SignIn, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject,
+    TotpConfirmed, TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission,
+    UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserConsentObject, UserDetails, UserInfo,
+    UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
-from appliance.base.pages import LOGO_TYPES, Pages, draw_qr
+from appliance.base.pages import LOGO_TYPES, SCRIPTS, Pages, describe_age, describe_browser, draw_qr, text_uri
+from appliance.base.console import Console
 from appliance.base.keys import Key, PublicKey, b64url, b64url_bytes, next_promotion_at, promote, read_ring, unb64url
+from appliance.base.tls import PortCertificate, certificate_warnings
 
 # == Vocabulary ================================================================
 # Names from the RFCs, and the constants of the program.
@@ -141,6 +152,8 @@ FLAGS = {  # per-client feature flags: name -> takes an option
     "SESSION_BASED_MAX_AGE": True,
 }
 
+URI_KINDS = ("redirect", "post_logout", "cors_origin")
+
 ADMIN_CLIENT = "mad:admin"  # the client of a login at ADMIN; no real client_id contains a colon
 ID_TOKEN_TTL = 600
 TOTP_STEP = 30  # seconds, RFC 6238 §5.2
@@ -151,6 +164,7 @@ REPEAT_SECONDS = 30  # in which the same form, sent twice by a double click, lea
 HINTS_TTL = 300  # seconds that the hints of a POST wait for the GET that it becomes, or for the answer of a person
 LOGIN_TRIES = 10  # failures that end a login transaction
 RECOVERY_CODES = 10
+INVITATION_TTL = 86400  # seconds an invitation lives
 
 GROUPS_OF_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.I)
 SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,255}")  # RFC 6749 §3.3
@@ -203,6 +217,7 @@ ERRORS = {  # code: (status, what the client is told, where the code is defined)
     "invalid_token": (401, "The access token is missing, malformed, expired or revoked.", "RFC 6750 §3.1"),
     "insufficient_scope": (403, "The access token does not carry the scope this needs.", "RFC 6750 §3.1"),
     "access_denied": (403, "This caller may not do this.", "RFC 6749 §4.1.2.1"),
+    "reauthentication_required": (403, "This needs the password again.", "RFC 9470 §3"),
     "protected": (403, "This one cannot be renamed, deleted or switched off.", "RFC 9110 §15.5.4"),
     "not_found": (404, "There is no such thing here.", "RFC 9110 §15.5.5"),
     "method_not_allowed": (405, "This method is not allowed here.", "RFC 9110 §15.5.6"),
@@ -771,6 +786,7 @@ class Caller(msgspec.Struct, frozen=True):
     is_local: bool = False  # at the machine: the kernel names the peer's user, who may use the Unix socket of ADMIN
     actor: str = "anonymous"  # a user's id, a client_id, or the name of a component
     device: str = ""  # the device cookie that a browser sent; find_device() verifies it
+    console: str = ""  # `id_sha256` of the session at the console that the request belongs to
 
     def acting_as(self, actor: str) -> "Caller":
         """Return the same caller with an authenticated actor."""
@@ -797,6 +813,13 @@ class Machine(msgspec.Struct, frozen=True):
     make_backup: Callable
     read_backup_piece: Callable
     delete_backup: Callable
+    read_status: Callable
+    measure: Callable  # puts what is true at the moment into the counters
+    list_backups: Callable
+    list_keys: Callable
+    key_impact: Callable
+    rotate_keys: Callable
+    revoke_key: Callable
 
 
 class Idp:
@@ -807,7 +830,8 @@ class Idp:
 
     def __init__(
         self, options: Options, store: Store, auth_ring: KeyRing, admin_ring: KeyRing, seal: Seal, clock=time.time,
-        log=None, machine: Machine | None = None, buckets: Buckets | None = None,
+        log=None, machine: Machine | None = None, buckets: Buckets | None = None, counters: Counters | None = None,
+        history: History | None = None,
     ):
         self.options, self.store, self.seal, self.clock, self.machine = options, store, seal, clock, machine
         self.rings = {"auth": auth_ring, "admin": admin_ring}
@@ -817,7 +841,9 @@ class Idp:
         self.next_ring_check = 0.0  # monotonic seconds
         self.rings_lock = threading.Lock()
         self.log = log or Log()
+        self.counters, self.history = counters or Counters(), history or History()
         self.hasher = Hasher(options)
+        self.hasher.gate.counters = self.counters
         monotonic = getattr(clock, "monotonic", clock)  # if the clock is a Timekeeper
         self.throttle = Throttle(monotonic, buckets=buckets)
         self.verified_client_secrets = VerifiedSecrets(900, 4096)
@@ -825,11 +851,13 @@ class Idp:
         self.client_cache: tuple[bytes, dict] = (b"", {})
         self.account_locks = [threading.Lock() for _ in range(64)]  # one second factor of an account at a time
         self.pages = Pages(options)
+        self.console = Console(self.pages)
         self.answers: dict = {}  # cached_page, by name
         self.refusals = RefusalCounter(getattr(clock, "monotonic", clock))
         self.clock_is_sane = True  # the last result of check_clock() without a Timekeeper
         self.readiness: tuple[float, dict] = (0.0, {})  # monotonic seconds of the next check, the last result
         self.log_was_damaged = False  # as the last check found: see ready()
+        self.certificates: dict[str, PortCertificate] = {}  # of the ports that speak TLS, by name
 
     def reload_rings_if_due(self):
         """Reload changed key rings, if the last check was over a second ago."""
@@ -878,6 +906,7 @@ class Idp:
             self.logged_ring_errors.pop(port_name, None)
             self.ring_versions[port_name] = (fingerprint, next_promotion_at(entries, self.options.key_overlap))
             self.rings[port_name] = KeyRing(entries, prefer_ec)
+            self.store.generation.marks.touch()  # tokens of a key that was revoked are dead
             # Replaced after the ring: a thread with the old dict may add an answer built from the old ring to it.
             # See cached_page().
             self.answers = {name: page for name, page in self.answers.items() if name not in ("jwks", "discovery")}
@@ -1113,6 +1142,15 @@ def revoke_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary="
         audit(idp, caller, action, user_id, secondary)
 
 
+def keep_console(idp: Idp, caller: Caller, user_id: str):
+    """Let the session at the console in which administrators change their own credentials outlive that change.
+
+    Everything else that was issued to them is revoked. Call it in the transaction of the change.
+    """
+    if caller.console:
+        idp.store.keep_admin_session(caller.console, user_id)
+
+
 def is_still_valid(account: Account | None, issued_ms: int) -> TypeGuard[Account]:
     """Return whether a user exists, is active, and was not revoked since that millisecond."""
     return account is not None and bool(account.is_active) and issued_ms > account.revoked_before
@@ -1232,6 +1270,13 @@ WRONG_PASSWORD = "wrong password"
 WRONG_CODE = "one-time code missing, wrong or used"
 
 
+OUTCOMES = {  # of a login that failed, as metrics name it
+    "unknown user": "unknown_user", "inactive": "inactive", "locked": "locked", "second factor locked": "locked",
+    "not an administrator": "not_admin", "changed meanwhile": "changed", WRONG_PASSWORD: "wrong_password",
+    WRONG_CODE: "wrong_code",
+}
+
+
 def check_totp(idp, account, code) -> str:
     """Spend a one-time code. Return what is wrong, or ""; the caller counts failures. RFC 6238 §5.2."""
     now = idp.now()
@@ -1252,6 +1297,8 @@ def rehash(idp, account, password):
 def count_failed_code(idp: Idp, account: Account):
     """Count a wrong one-time or recovery code; TOTP_TRIES of them lock the second factor. RFC 4226 §7.3."""
     lockout = max(TOTP_STEP, idp.options.failed_password_lockout_duration)
+    if (account.totp_failures + 1) % TOTP_TRIES == 0:
+        idp.counters.add(LOCKOUTS, "second_factor")
     idp.store.count_failed_totp(account.id, idp.now(), TOTP_TRIES, lockout)
 
 
@@ -1270,6 +1317,7 @@ def count_failed_password(idp: Idp, caller: Caller, account: Account):
         until = counted.lockout_until if counted and counted.lockouts > account.lockouts else 0
         scope = ""
     if until > now:
+        idp.counters.add(LOCKOUTS, "browser" if device else "account")
         audit(idp, caller, "user_locked_out", account.id, f"until={iso(until)}{scope}", FAILURE)
 
 
@@ -1281,6 +1329,7 @@ def record_failure(idp: Idp, caller: Caller, name: str, account: Account | None,
     nothing and are counted as refusals.
     """
     options, now = idp.options, idp.now()
+    idp.counters.add(LOGINS, OUTCOMES.get(failure, OTHER))
     idp.throttle.spend(find_source(idp, caller, account), name)
     nears_lockout = account is not None and (
         failure == WRONG_CODE
@@ -1309,6 +1358,21 @@ def count_good_password(idp: Idp, source: str, account: Account) -> bool:
         return idp.store.count_good_login(account.id, account.password_hash, idp.now())
 
 
+def count_login(idp: Idp, account: Account, amr: list):
+    """Count a login, unless a second factor is still to be verified."""
+    if not account.totp_sealed or len(amr) > 1:
+        idp.counters.add(LOGINS, "success")
+
+
+def check_throttle(idp: Idp, source: str, name: str):
+    """Raise slow_down if this source has failed too often."""
+    try:
+        idp.throttle.check(source, name)
+    except Problem:
+        idp.counters.add(LOGINS, "throttled")
+        raise
+
+
 def authenticate_user(
     idp: Idp, caller: Caller, username: str, password: str, totp="", client: Client | None = None, admin=False,
     only_password=False,
@@ -1324,7 +1388,7 @@ def authenticate_user(
     name = fold(username)
     account = idp.store.find_account_by_name(name)
     source = find_source(idp, caller, account)
-    idp.throttle.check(source, name)
+    check_throttle(idp, source, name)
     totp_required = not only_password and client is not None and "ENABLE_TOTP" in client.flags
     if (
         not totp_required
@@ -1332,6 +1396,7 @@ def authenticate_user(
         and was_verified_recently(idp, source, account, password)
     ):
         assert account
+        count_login(idp, account, ["pwd"])
         return account, ["pwd"]
     # One verification of an account at a time, so that parallel guesses are counted one by one.
     # Strangers who keep the lock of a name do not keep its user at the machine, or in a known browser, waiting.
@@ -1343,6 +1408,7 @@ def authenticate_user(
             obstacle = "the client demands a second factor, and the user has none"
         if not obstacle and was_verified_recently(idp, source, account, password):
             assert account
+            count_login(idp, account, ["pwd"])
             return account, ["pwd"]  # a concurrent request has just verified it
         second_factor = bool(account and account.totp_sealed) and not (only_password and not totp)
         with idp.hasher.gate.slot(source, goes_first=caller.is_local):
@@ -1365,6 +1431,7 @@ def authenticate_user(
             idp.verified_passwords.add(account.password_hash, normalise_password(password), now)
         if is_raw or not account.password_hash.startswith(idp.hasher.parameters()):
             rehash(idp, account, password)
+        count_login(idp, account, amr)
         return account, amr
 
 
@@ -1389,7 +1456,7 @@ def check_second_factor(
     Return the account and its `amr` (RFC 8176). The account must still exist, be active, not locked and
     not revoked since. Failures count on the account across all logins. Raises invalid_grant with 403.
     """
-    idp.throttle.check(find_source(idp, caller, idp.store.find_account(user_id) if caller.device else None), user_id)
+    check_throttle(idp, find_source(idp, caller, idp.store.find_account(user_id) if caller.device else None), user_id)
     with idp.account_locks[hash(user_id) % len(idp.account_locks)]:
         account, method = idp.store.find_account(user_id), ""
         failure = login_obstacle(idp, caller, account)
@@ -1407,6 +1474,7 @@ def check_second_factor(
         if not method:
             left = idp.store.count_recovery_codes(user_id)
             audit(idp, caller.acting_as(user_id), "recovery_code_used", user_id, f"left={left}")
+    idp.counters.add(LOGINS, "success")
     return account, ["pwd", *([method] if method else []), "mfa"]
 
 
@@ -1416,7 +1484,7 @@ def make_recovery_codes(idp: Idp, caller: Caller, user_id: str) -> list[str]:
     codes = ["".join(secrets.choice(letters) for _ in range(16)) for _ in range(RECOVERY_CODES)]
     with idp.store.transaction():
         idp.store.replace_recovery_codes(user_id, [sha256(code) for code in codes], idp.now())
-        audit(idp, caller.acting_as(user_id), "recovery_codes_made", user_id)
+        audit(idp, caller, "recovery_codes_made", user_id)
     return ["-".join(re.findall("....", code)) for code in codes]
 
 
@@ -1448,10 +1516,12 @@ def create_user(idp: Idp, caller: Caller, new_user: ProvisionUser) -> Account:
     email = fold(new_user.email or new_user.user_email or "")
     has_no_email = new_user.user_email is None and not email  # null, not forgotten
     verified = isinstance(new_user, CreateUser) and new_user.email_verified
+    wrong_password = check_new_password(idp.options, password, username, email)
+    if isinstance(new_user, CreateUser) and new_user.without_password:
+        wrong_password, password = "is not to be there with without_password" if password else "", random_handle()
     reject(
         username=check_username(username), email="" if has_no_email else check_email(email),
-        email_verified="the user has no address" if verified and has_no_email else "",
-        password=check_new_password(idp.options, password, username, email),
+        email_verified="the user has no address" if verified and has_no_email else "", password=wrong_password,
     )
     password_hash = hash_password(idp, password)
     try:
@@ -1528,15 +1598,18 @@ def set_user_active(idp: Idp, caller: Caller, id: str, is_active: bool, rights: 
     return account
 
 
-def set_lockout(idp: Idp, caller: Caller, id: str, value: str | int | None):
-    """Lock a user out until a time and revoke everything issued to it, or clear the lockout."""
-    until = read_lockout(idp, value)
+def set_lockout(idp: Idp, caller: Caller, id: str, value: str | int | None, reason=""):
+    """Lock a user out until a time, for a reason, and revoke everything issued to it, or clear the lockout."""
+    until, reason = read_lockout(idp, value), reason.strip()
+    is_good = reason.isprintable() and len(reason) <= REASON_MAX
+    reject(reason="" if is_good else f"must be at most {REASON_MAX} printable characters")
     with idp.store.transaction():
         account = get_user(idp, id)
         if until:
             forbid_removing_last_admin(idp, account.id)
-            idp.store.set_lockout(account.id, until, idp.now())
-            revoke_user(idp, caller, account.id, "admin.lockout.set", iso(until))
+            idp.store.set_lockout(account.id, until, idp.now(), reason, caller.actor)
+            idp.counters.add(LOCKOUTS, "administrator")
+            revoke_user(idp, caller, account.id, "admin.lockout.set", f"{iso(until)} {reason}".rstrip())
         else:
             idp.store.set_lockout(account.id, 0, idp.now())
             audit(idp, caller, "admin.lockout.clear", account.id)
@@ -1630,6 +1703,82 @@ def reset_password(idp: Idp, caller: Caller, id: str, password: str, rights: set
         check_within_rights(idp, account.id, rights)
         idp.store.set_password_hash(account.id, password_hash, idp.now())
         revoke_user(idp, caller, account.id, "user_password_reset")
+        keep_console(idp, caller, account.id)
+
+
+def may_invite(idp: Idp, found: Invitation | None) -> Account | None:
+    """Return the user of an invitation, if it is alive now, else None.
+
+    A change of the user's credentials has deleted it; whatever revokes all that was issued to the user ends it too.
+    The user must still be within the reach of whoever made it.
+    """
+    account = idp.store.find_account(found.user_id) if found else None
+    if found is None or found.expires_at <= idp.now() or found.created_ms <= idp.revoked_before:
+        return None
+    if not is_still_valid(account, found.created_ms):
+        return None
+    rights = set(msgspec.json.decode(found.rights)) if found.rights else None
+    return None if rights is not None and rights_of_user(idp, account.id) - rights else account
+
+
+def create_invitation(
+    idp: Idp, caller: Caller, id: str, purpose: str, rights: set[str] | None = None
+) -> tuple[Invitation, str]:
+    """Make an invitation of a user, and return it with its secret. It replaces the one that the user may have.
+
+    Raises not_found, invalid_request for an inactive user, or access_denied as check_within_rights() does.
+    """
+    handle, now = random_handle(), idp.now()
+    with idp.store.transaction():
+        account = get_user(idp, id)
+        check_within_rights(idp, account.id, rights)
+        reject(user_id="" if account.is_active else "is inactive: activate the user first")
+        row = Invitation(
+            account.id, str(uuid.uuid4()), sha256(handle), purpose,
+            "" if rights is None else msgspec.json.encode(sorted(rights)).decode(), caller.actor,
+            max(idp.now_ms(), idp.revoked_before + 1, account.revoked_before + 1), now + INVITATION_TTL,
+        )
+        idp.store.put_invitation(row)
+        audit(idp, caller, "invitation_created", account.id, f"purpose={purpose};id={row.id}")
+    return row, handle
+
+
+def delete_invitation(idp: Idp, caller: Caller, id: str):
+    """End an invitation. Raises not_found if it is over."""
+    with idp.store.transaction():
+        found = idp.store.find_invitation_by_id(id.lower())
+        if found is None or may_invite(idp, found) is None:
+            raise Problem("not_found")
+        idp.store.delete_invitation(found.user_id)
+        audit(idp, caller, "invitation_deleted", found.user_id, f"id={found.id}")
+
+
+def get_invited(idp: Idp, code: str) -> tuple[Invitation, Account]:
+    """Return the living invitation of a secret and its user, and spend nothing. Raises not_found."""
+    found = idp.store.find_invitation(sha256(code)) if code else None
+    account = may_invite(idp, found)
+    if found is None or account is None:
+        raise Problem("not_found", log="an invitation that is unknown, used, replaced, expired or ended")
+    return found, account
+
+
+def accept_invitation(idp: Idp, caller: Caller, code: str, password: str) -> tuple[Invitation, Account]:
+    """Spend an invitation: set the password of its user and revoke everything issued before. A second factor stays.
+
+    Raises not_found if it is over, or invalid_request for a password that is refused, which spends nothing.
+    """
+    _, account = get_invited(idp, code)
+    reject(new_password=check_new_password(idp.options, password, account.username, account.email))
+    password_hash = hash_password(idp, password)
+    with idp.store.transaction():
+        found = idp.store.spend_invitation(sha256(code), idp.now())
+        user = may_invite(idp, found)
+        if found is None or user is None:
+            raise Problem("not_found", log="the invitation was used or ended meanwhile")
+        idp.store.set_password_hash(user.id, password_hash, idp.now())
+        accepted = f"purpose={found.purpose};id={found.id}"
+        revoke_user(idp, caller.acting_as(user.id), user.id, "invitation_accepted", accepted)
+        return found, get_user(idp, user.id)
 
 
 def verify_password(idp: Idp, caller: Caller, request: VerifyPassword) -> Account:
@@ -1671,6 +1820,7 @@ def record_totp_change(idp: Idp, caller: Caller, account: Account, action: str, 
     """Audit a change of the second factor, and revoke everything issued to the user before if `revoke` is true."""
     if revoke:
         revoke_user(idp, caller, account.id, action)
+        keep_console(idp, caller, account.id)
     else:
         audit(idp, caller, action, account.id)
 
@@ -1923,26 +2073,50 @@ def remove_permission(idp: Idp, caller: Caller, role_id: str, permission_id: str
         audit(idp, caller, "permission_unassigned", role.id, permission.id)
 
 
+def explain_access(
+    idp: Idp, request: CheckAccess, account: Account | None, is_allowed: bool
+) -> tuple[str, list[str]]:
+    """Return why a user has a permission or scope, or lacks it, and the names of the roles by which it has it."""
+    name = request.scope or request.permission_id or request.permission
+    kind = "scope" if request.scope else "permission"
+    found = idp.store.find_scope(name) if request.scope else idp.store.find_permission(key_of(name))
+    if account is None:
+        return "there is no such user", []
+    if not account.is_active:
+        return "the user is inactive", []
+    if found is None:
+        return f"there is no such {kind}", []
+    if request.scope:
+        return "the user has this scope" if is_allowed else "the user does not have this scope", []
+    mine = {role.id for role in idp.store.list_roles_of(account.id)}
+    roles = [role.name for role in idp.store.list_roles_with(found.id) if role.id in mine]
+    return "a role of the user has this permission" if is_allowed else "no role of the user has this permission", roles
+
+
 def check_access(idp: Idp, request: CheckAccess) -> AccessVerdict:
     """Return whether a user has a permission or scope; an unknown user, permission or scope is denied.
 
-    Unless asked by `permission_id`, the answer has only the member `access`.
+    Unless asked by `permission_id`, the answer has only the member `access`; with `explain` also why, and by which
+    roles.
     """
     account = idp.store.find_account(request.user_id.lower()) or idp.store.find_account_by_name(fold(request.user_id))
     user_id = account.id if account else request.user_id
     if request.scope:
         scopes = idp.store.list_scopes_of_user(user_id) if account and account.is_active else ()
-        return AccessVerdict(any(request.scope in (scope.name, scope.id) for scope in scopes))
-    asked = request.permission_id or request.permission
-    reject(
-        permission_id="" if asked.strip() else "is required",
-        user_id="" if request.user_id.strip() else "is required",
-    )
-    permissions = idp.store.list_permissions_of_user(user_id)
-    allowed = any(asked in (permission.id, permission.name) for permission in permissions)
-    if request.permission_id:
-        return AccessVerdict(allowed, request.user_id, request.permission_id, allowed)
-    return AccessVerdict(allowed)
+        verdict = AccessVerdict(any(request.scope in (scope.name, scope.id) for scope in scopes))
+    else:
+        asked = request.permission_id or request.permission
+        reject(
+            permission_id="" if asked.strip() else "is required",
+            user_id="" if request.user_id.strip() else "is required",
+        )
+        permissions = idp.store.list_permissions_of_user(user_id)
+        verdict = AccessVerdict(any(asked in (permission.id, permission.name) for permission in permissions))
+        if request.permission_id:
+            verdict = AccessVerdict(verdict.access, request.user_id, request.permission_id, verdict.access)
+    if request.explain:
+        verdict.reason, verdict.by_roles = explain_access(idp, request, account, verdict.access)
+    return verdict
 
 
 # == Clients ===================================================================
@@ -1956,9 +2130,7 @@ def load_client(idp: Idp, id_or_client_id: str) -> Client | None:
     hashes = tuple((secret.secret_hash, secret.expires_at) for secret in store.list_secrets(row.id, idp.now()))
     scopes = frozenset(scope.name for scope in store.list_scopes_of_client(row.id))
     uris = store.list_uris(row.id)
-    redirect, post_logout, origins = (
-        tuple(uri.uri for uri in uris if uri.kind == kind) for kind in ("redirect", "post_logout", "cors_origin")
-    )
+    redirect, post_logout, origins = (tuple(uri.uri for uri in uris if uri.kind == kind) for kind in URI_KINDS)
     return Client(row, hashes, scopes, store.list_features(row.id), redirect, post_logout, origins)
 
 
@@ -2333,6 +2505,19 @@ def add_uri(idp: Idp, caller: Caller, id_or_client_id: str, kind: str, uri: str)
     return row
 
 
+def try_uri(idp: Idp, id_or_client_id: str, kind: str, uri: str) -> UriVerdict:
+    """Return whether add_uri() would take a URI, and change nothing. Raises invalid_request, not_found.
+
+    `reason` says why not. `nearest` is the registered URI of this kind that is most like it.
+    """
+    client, uri = get_client(idp, id_or_client_id), uri.strip()
+    if kind not in URI_KINDS:
+        reject(kind="must be one of " + ", ".join(URI_KINDS))
+    registered = [row.uri for row in idp.store.list_uris(client.row.id, kind)]
+    wrong = check_uri(kind, uri, client.row) or ("is registered already" if uri in registered else "")
+    return UriVerdict(not wrong, wrong, nearest(uri, registered) or None)
+
+
 def delete_uri(idp: Idp, caller: Caller, record_id: str, kind: str, id_or_client_id: str | None = None):
     """Remove a URI of a client by the id of its record. Raises not_found."""
     with idp.store.transaction(identity=True):
@@ -2371,42 +2556,65 @@ def revoke_client(idp: Idp, caller: Caller, row: ClientRow, action: str, seconda
         audit(idp, caller, action, row.client_id, secondary)
 
 
-def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[Client, str]:
-    """Register a client; return it and the secret, if one was generated. Raises invalid_request or conflict.
+def check_new_uris(new_client: CreateClient, row: ClientRow) -> dict[str, str]:
+    """Return what is wrong with the URIs of a new client, by member; the first URI of each that is refused is named."""
+    return {
+        member: next(
+            (f"{uri.strip()[:300]}: {wrong}" for uri in uris or () if (wrong := check_uri(kind, uri.strip(), row))), ""
+        )
+        for member, kind, uris in new_client.uris()
+    }
+
+
+def check_flag_option(flag: str, option: str) -> str:
+    """Return what is wrong with the option of a feature that takes one, or ""."""
+    if flag == "TOTP_ISSUER":
+        return check_label(option)
+    is_number = re.fullmatch(r"[0-9]{1,9}", option) and int(option)
+    return "" if not option or is_number else "must be seconds, a whole number from 1 to 999999999, or blank"
+
+
+def check_new_flags(flags: dict[str, NewFlag]) -> str:
+    """Return what is wrong with the feature flags of a new client, or ""."""
+    for name, flag in flags.items():
+        if name not in FLAGS:
+            return "must be among " + ", ".join(FLAGS)
+        wrong = check_flag_option(name, flag.options.strip()) if FLAGS[name] else flag.options and "takes no option"
+        if wrong:
+            return f"{name}: {wrong}"
+    return ""
+
+
+def check_new_client(new_client: CreateClient, row: ClientRow) -> dict[str, str]:
+    """Return what is wrong with a new client, by member. `row` is what would be stored."""
+    public, secret, errors = row.client_type == PUBLIC_CLIENT, new_client.client_secret or new_client.secret, {}
+    errors["client_id"] = check_client_id(row.client_id)
+    if row.client_type not in (CONFIDENTIAL, PUBLIC_CLIENT):
+        errors["client_type"] = "must be confidential or public"
+    if secret:
+        errors["client_secret"] = "a public client has none" if public else check_client_secret(secret)
+    errors["grant_types"] = check_grant_types(row.grant_types.split(), row.client_type)
+    errors["audience"], errors["display_name"] = check_label(row.audience), check_label(row.display_name)
+    if public and row.may_introspect:
+        errors["may_introspect"] = "a public client cannot have this right"
+    errors |= {name: check_switch(name, row.client_type) for name in URI_SWITCHES if getattr(row, name)}
+    return errors | check_new_uris(new_client, row) | {"flags": check_new_flags(new_client.flags or {})}
+
+
+def row_of_new_client(idp: Idp, new_client: CreateClient) -> ClientRow:
+    """Return the row of a new client, whose members may be wrong: see check_new_client().
 
     Where no grant type is named, a confidential client gets client_credentials, and a public one what a login takes;
-    add_uri() adds the latter to either. The password grant must be named: RFC 9700 §2.4 advises against it.
+    a redirect URI adds the latter to either. The password grant must be named: RFC 9700 §2.4 advises against it.
     """
-    client_id, errors = new_client.client_id.strip(), {}
-    errors["client_id"] = check_client_id(client_id)
-    if new_client.client_type not in (CONFIDENTIAL, PUBLIC_CLIENT):
-        errors["client_type"] = "must be confidential or public"
-    public = new_client.client_type == PUBLIC_CLIENT
-    secret = new_client.client_secret or new_client.secret or ""
-    if public and secret:
-        errors["client_secret"] = "a public client has none"
-    elif secret:
-        errors["client_secret"] = check_client_secret(secret)
+    public, now = new_client.client_type == PUBLIC_CLIENT, idp.now()
     grant_types = new_client.grant_types
     if grant_types is None:
-        grant_types = [AUTHORIZATION_CODE, REFRESH_TOKEN] if public else [CLIENT_CREDENTIALS]
-    errors["grant_types"] = check_grant_types(grant_types, new_client.client_type)
-    audience = (new_client.audience or "microauthd").strip()
-    errors["audience"], errors["display_name"] = check_label(audience), check_label(new_client.display_name or "")
-    if public and new_client.may_introspect:
-        errors["may_introspect"] = "a public client cannot have this right"
-    switches = [name for name in URI_SWITCHES if getattr(new_client, name)]
-    errors |= {name: check_switch(name, new_client.client_type) for name in switches}
-    found = [idp.store.find_scope(key_of(name)) for name in new_client.scopes or ()]
-    scopes = [scope for scope in found if scope]
-    if None in found:
-        errors["scopes"] = "must all exist"
-    reject(**errors)
-    made = "" if public or secret else random_handle()
-    now = idp.now()
-    row = ClientRow(
-        id=str(uuid.uuid4()), client_id=client_id, client_type=new_client.client_type,
-        display_name=(new_client.display_name or "").strip(), audience=audience,
+        grant_types = [] if public else [CLIENT_CREDENTIALS]
+        grant_types += [AUTHORIZATION_CODE, REFRESH_TOKEN] if public or new_client.redirect_uris else []
+    return ClientRow(
+        id=str(uuid.uuid4()), client_id=new_client.client_id.strip(), client_type=new_client.client_type,
+        display_name=(new_client.display_name or "").strip(), audience=(new_client.audience or "microauthd").strip(),
         grant_types=" ".join(sorted(set(grant_types))), may_introspect=int(new_client.may_introspect),
         is_first_party=int(new_client.is_first_party), access_token_signed_alg="", id_token_signed_response_alg="RS256",
         is_active=1,
@@ -2415,16 +2623,44 @@ def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[C
         allow_short_schemes=int(new_client.allow_short_schemes),
         are_grants_named=int(new_client.grant_types is not None),
     )
+
+
+def add_parts(idp: Idp, caller: Caller, row: ClientRow, new_client: CreateClient):
+    """Store the URIs and feature flags of a new client, which were checked, and audit them. A repeated URI is one."""
+    for _, kind, uris in new_client.uris():
+        for uri in dict.fromkeys(uri.strip() for uri in uris or ()):
+            idp.store.add_uri(str(uuid.uuid4()), row.id, kind, uri, idp.now())
+            audit(idp, caller, f"{kind}_uri_added", row.client_id, uri)
+    for name, flag in (new_client.flags or {}).items():
+        idp.store.put_feature(row.id, name, flag.is_enabled, flag.options.strip())
+        audit(idp, caller, "client_flag_set", row.client_id, f"{name}={'on' if flag.is_enabled else 'off'}")
+        if flag.options.strip():
+            audit(idp, caller, "client_flag_option_set", row.client_id, f"{name}={flag.options.strip()}")
+
+
+def create_client(idp: Idp, caller: Caller, new_client: CreateClient) -> tuple[Client, str]:
+    """Register a client with its URIs and flags, all or nothing; return it and the secret, if one was generated.
+
+    Raises invalid_request or conflict.
+    """
+    row = row_of_new_client(idp, new_client)
+    found = [idp.store.find_scope(key_of(name)) for name in new_client.scopes or ()]
+    scopes = [scope for scope in found if scope]
+    reject(**check_new_client(new_client, row) | {"scopes": "must all exist" if None in found else ""})
+    switches = [name for name in URI_SWITCHES if getattr(row, name)]
+    public, secret = row.client_type == PUBLIC_CLIENT, new_client.client_secret or new_client.secret or ""
+    made = "" if public or secret else random_handle()
     secret_hash = "" if public else hash_secret(idp, secret or made)
     try:
         with idp.store.transaction(identity=True):
             idp.store.insert(row)
             if secret_hash:
-                idp.store.add_secret(str(uuid.uuid4()), row.id, secret_hash, now)
+                idp.store.add_secret(str(uuid.uuid4()), row.id, secret_hash, row.created_at)
             for scope in scopes:
-                idp.store.assign_scope_to_client(row.id, scope.id, now)
-            audit(idp, caller, "create_client", client_id, row.id)
+                idp.store.assign_scope_to_client(row.id, scope.id, row.created_at)
+            audit(idp, caller, "create_client", row.client_id, row.id)
             audit_switches(idp, caller, row, switches)
+            add_parts(idp, caller, row, new_client)
     except Conflict:
         raise Problem("conflict") from None
     warn_about_switches(idp, row, switches)
@@ -2510,6 +2746,8 @@ def update_client(idp: Idp, caller: Caller, id: str, change: UpdateClient) -> Cl
             if changes:
                 if {"client_id", "audience"} & changes.keys() or changes.get("is_active") == 0:
                     revoke_client(idp, caller, row, "client_revoked")
+                if "client_id" in changes:
+                    idp.store.forget_use(row.client_id)
                 row = msgspec.structs.replace(row, **changes, modified_at=idp.now())
                 idp.store.update_client(row)
                 names = {"grant_types" if name == "are_grants_named" else name for name in changes}
@@ -2526,6 +2764,7 @@ def delete_client(idp: Idp, caller: Caller, id: str):
     with idp.store.transaction(identity=True):
         row = get_client(idp, id).row
         revoke_client(idp, caller, row, "delete_client", row.id)
+        idp.store.forget_use(row.client_id)
         idp.store.delete_client(row.id)
 
 
@@ -2558,10 +2797,7 @@ def set_flag_option(idp: Idp, caller: Caller, id: str, flag: str, option: str):
     flag, option = check_flag(flag), option.strip()
     if not FLAGS[flag]:
         reject(flag="takes no option")
-    if flag == "TOTP_ISSUER":
-        reject(options=check_label(option))
-    elif option and not (re.fullmatch(r"[0-9]{1,9}", option) and int(option)):
-        reject(options="must be seconds, a whole number from 1 to 999999999, or blank")
+    reject(options=check_flag_option(flag, option))
     with idp.store.transaction(identity=True):
         row = get_client(idp, id).row
         idp.store.put_feature(row.id, flag, options=option)
@@ -2725,6 +2961,23 @@ def remove_scope(idp: Idp, caller: Caller, holder: Client | Account, scope_id: s
         audit(idp, caller, f"remove_scope_from_{kind}", scope.id, id)
 
 
+def set_scopes(idp: Idp, caller: Caller, holder: Client | Account, ids: list[str]):
+    """Replace the scopes of a client or a user by these, all or none. Raises invalid_request."""
+    found = {key: idp.store.find_scope(key) for key in map(key_of, ids)}
+    reject(scope_ids="must all exist" if None in found.values() else "")
+    new = {scope.id for scope in found.values() if scope}
+    with idp.store.transaction(identity=True):
+        old = (
+            idp.store.list_scopes_of_client(holder.row.id) if isinstance(holder, Client)
+            else idp.store.list_scopes_of_user(holder.id)
+        )
+        old_ids = {scope.id for scope in old}
+        if new - old_ids:
+            assign_scopes(idp, caller, holder, sorted(new - old_ids))
+        for id in sorted(old_ids - new):
+            remove_scope(idp, caller, holder, id)
+
+
 def opens(client: Client, scope: str, name: str) -> bool:
     """Return whether a client may learn what the scope `name` opens: a first party always, others as it is granted."""
     return bool(client.row.is_first_party) or name in scope.split()
@@ -2793,6 +3046,13 @@ def revoke_family(idp: Idp, caller: Caller, family_sid: str, action: str, target
             audit(idp, caller, action, target, f"sid={family_sid}", result)
     if not is_new:
         audit_refusal(idp, caller, action, target, f"sid={family_sid};unchanged", proven=True, result=result)
+
+
+def revoke_everything(idp: Idp, caller: Caller):
+    """End everything that was ever issued to anybody, on both ports."""
+    with idp.store.transaction(identity=True):
+        idp.store.revoke_everything(idp.now_ms())
+        audit(idp, caller, "everything_revoked")
 
 
 def revoke_families(idp: Idp, caller: Caller, user_id: str, client_id: str):
@@ -2973,28 +3233,6 @@ def purge_tokens(idp: Idp, caller: Caller, purge: PurgeTokens, kinds, pause=lamb
     return total
 
 
-def describe_token(idp: Idp, token: str) -> dict:
-    """Return the claims of an AUTH token, even an expired one, with `valid`, `expired` and `active`.
-
-    For administrators. Raises invalid_request if it is no AUTH token, access_denied for an ADMIN token.
-    """
-    token = token.strip()
-    if any(is_signed(idp.admin_ring, token, typ) for typ in (AT_JWT, JWT)):
-        raise Problem("access_denied", log="a token of ADMIN")
-    typ = next((typ for typ in (AT_JWT, JWT) if is_signed(idp.auth_ring, token, typ)), None)
-    if typ is None:
-        reject(token="is not a token of AUTH")
-    assert typ
-    claims = idp.auth_ring.verify(token, typ)
-    active = typ == AT_JWT
-    if active:
-        try:
-            verify_access_token(idp, idp.auth_ring, idp.options.auth_issuer, token, check_revocation=True)
-        except (Problem, Unavailable):
-            active = False
-    return {**claims, "valid": True, "expired": claims["exp"] <= idp.now(), "active": active}
-
-
 def active_family(idp: Idp, sid: str) -> Family | None:
     """Return a login that is neither revoked nor expired and whose user and client are active; else None."""
     family = idp.store.find_family(sid)
@@ -3009,6 +3247,68 @@ def active_family(idp: Idp, sid: str) -> Family | None:
     if client is None or family.created_ms <= client.row.revoked_before:
         return None
     return family if is_still_valid(idp.store.find_account(family.user_id), family.created_ms) else None
+
+
+def explain_unsigned(idp: Idp, token: str) -> str:
+    """Return why a token that no key of this server verifies is none of its tokens."""
+    header, _, rest = token.partition(".")
+    try:
+        kid = msgspec.json.decode(unb64url(header), type=dict).get("kid", "")
+        issuer = msgspec.json.decode(unb64url(rest.partition(".")[0]), type=dict).get("iss", "")
+    except (ValueError, binascii.Error, RecursionError, msgspec.MsgspecError):
+        return "is not a token of this server"
+    kid = kid if isinstance(kid, str) else ""
+    if kid in idp.store.revoked_kids():
+        return "was signed by a key that was revoked"
+    if idp.store.has_retired_key(kid):
+        return "was signed by a key that is gone"
+    if issuer not in (idp.options.auth_issuer, idp.options.admin_issuer):
+        return "was issued by another server"
+    is_ours = any(key.kid == kid for ring in (idp.auth_ring, idp.admin_ring) for key in ring.keys)
+    return "has a wrong signature" if is_ours else "was signed by a key that is not of this server"
+
+
+def describe_refresh_token(idp: Idp, row: RefreshToken) -> dict:
+    """Return what describe_token() does, of a refresh token."""
+    family, now = idp.store.find_family(row.sid), idp.now()
+    reason = (
+        "rotated" if row.rotated_at is not None else "expired" if row.expires_at <= now
+        else "revoked" if row.revoked_at is not None or active_family(idp, row.sid) is None else ""
+    )
+    return {
+        "kind": "refresh", "sub": row.user_id, "client_id": row.client_id, "sid": row.sid, "iat": row.issued_at,
+        "exp": row.expires_at, "scope": family.scope if family else "", "valid": True,
+        "expired": row.expires_at <= now, "active": not reason, "reason": reason,
+    }
+
+
+def describe_token(idp: Idp, token: str) -> dict:
+    """Return the claims of a token of this server of any kind, even an expired one, and its state.
+
+    `kind` is access, id, admin or refresh; `valid`, `expired` and `active` are booleans, and `reason` says why it is
+    not active. For administrators. Raises invalid_request with the reason if this server did not issue it.
+    """
+    token = token.strip()
+    refresh = idp.store.find_refresh_token(refresh_token_sha256(token))
+    if refresh is not None:
+        return describe_refresh_token(idp, refresh)
+    rings = ((idp.auth_ring, idp.options.auth_issuer), (idp.admin_ring, idp.options.admin_issuer))
+    for (ring, issuer), typ in ((pair, typ) for pair in rings for typ in (AT_JWT, JWT)):
+        if not is_signed(ring, token, typ):
+            continue
+        claims, reason = ring.verify(token, typ), ""
+        is_expired = claims["exp"] <= idp.now()
+        if typ == AT_JWT:
+            try:
+                verify_access_token(idp, ring, issuer, token, check_revocation=True)
+            except (Problem, Unavailable) as problem:
+                reason = "expired" if is_expired else problem.log
+        else:
+            reason = "expired" if is_expired else "an ID token opens nothing"
+        kind = "id" if typ == JWT else "admin" if ring is idp.admin_ring else "access"
+        state = {"valid": True, "expired": is_expired, "active": not reason, "reason": reason}
+        return {**claims, "kind": kind, **state}
+    raise Problem("invalid_request", errors={"token": explain_unsigned(idp, token)})
 
 
 def introspect_refresh_token(idp, client, token) -> dict | None:
@@ -3285,12 +3585,15 @@ def begin_or_continue_family(idp: Idp, client: Client, granted: Granted, caller:
         return None
     code = granted.code
     ended_ms = idp.store.logins_revoked_before(granted.account.id, client.client_id)
+    browser = idp.store.find_browser_session(code.browser) if code and code.browser else None
     family = Family(
         sid=code.sid if code else new_sid(ms), user_id=granted.account.id, client_id=client.client_id,
         scope=granted.scope, amr=" ".join(granted.amr), auth_time=granted.auth_time, nonce=granted.nonce,
         created_ms=max(ms, ended_ms + 1),
         expires_at=now + idp.options.refresh_token_absolute_expiration, revoked_at=None,
         browser=code.browser if code else "", claims=code.claims if code else "",
+        ip_address=browser.ip_address if browser else caller.peer,
+        user_agent=browser.user_agent if browser else caller.user_agent[:200],
     )
     if code and not idp.store.spend_code(code.code_sha256, client.client_id, now):
         end_code(idp, caller, code)  # a concurrent request spent the code
@@ -3343,24 +3646,27 @@ def acr_of(amr: list, claims: str) -> str:
     return next((value for value in reached if not demanded or value in demanded), "")
 
 
-def released_claims(idp: Idp, client: Client, family: Family, of: str) -> tuple:
+def released_claims(idp: Idp, client: Client, family: Family, of: str, agreed: str | None = None) -> tuple:
     """Return the names that the claims parameter requested for `of` and that may be released now.
 
-    To a third party only those whose scope the user consented to, whatever was valid when the login began.
+    To a third party only those whose scope the user consented to, whatever was valid when the login began. `agreed`
+    is that consent, where it is not the stored one.
     """
     names = requested_claims(family.claims, of)
     if not names or client.row.is_first_party:
         return names
-    agreed = (idp.store.find_consent(family.user_id, client.row.id) or "").split()
-    return tuple(name for name in names if USER_CLAIMS.get(name) in agreed)
+    if agreed is None:
+        agreed = idp.store.find_consent(family.user_id, client.row.id) or ""
+    return tuple(name for name in names if USER_CLAIMS.get(name) in agreed.split())
 
 
-def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, access_token: str) -> str:
-    """Return a signed ID token. OpenID Connect Core §2, §3.1.3.6."""
+def id_token_claims(
+    idp: Idp, client: Client, granted: Granted, family: Family, access_token: str, agreed: str | None = None
+) -> dict:
+    """Return the claims of an ID token; `agreed` as in released_claims(). OpenID Connect Core §2, §3.1.3.6."""
     assert granted.account
     now = idp.now()
-    key = idp.auth_ring.signer(client.row.id_token_signed_response_alg)
-    also = released_claims(idp, client, family, "id_token")
+    also = released_claims(idp, client, family, "id_token", agreed)
     claims = user_claims(idp, granted.account, granted.scope, also) | {
         "iss": idp.options.auth_issuer, "aud": client.client_id, "azp": client.client_id, "iat": now,
         "exp": now + ID_TOKEN_TTL, "auth_time": granted.auth_time, "amr": granted.amr, "sid": family.sid,
@@ -3370,7 +3676,29 @@ def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, ac
     }
     if granted.nonce:
         claims["nonce"] = granted.nonce
-    return idp.auth_ring.mint(key, JWT, fit_claims(claims))
+    return fit_claims(claims)
+
+
+def id_token_key(idp: Idp, client: Client) -> Key:
+    return idp.auth_ring.signer(client.row.id_token_signed_response_alg)
+
+
+def mint_id_token(idp: Idp, client: Client, granted: Granted, family: Family, access_token: str) -> str:
+    claims = id_token_claims(idp, client, granted, family, access_token)
+    return idp.auth_ring.mint(id_token_key(idp, client), JWT, claims)
+
+
+def userinfo_claims(
+    idp: Idp, client: Client, family: Family | None, account: Account, claims: dict, agreed: str | None = None
+) -> dict:
+    """Return what the UserInfo endpoint answers to an access token with these claims; `agreed` as in released_claims().
+
+    OpenID Connect Core §5.3.2.
+    """
+    also = released_claims(idp, client, family, "userinfo", agreed) if family else ()
+    if claims.get("roles_omitted"):
+        also += tuple(opened_role_claims(client, claims["scope"]))
+    return user_claims(idp, account, claims["scope"], also)
 
 
 def draft_token(idp: Idp, client: Client, granted: Granted, ms: int) -> tuple[dict, dict]:
@@ -3403,9 +3731,12 @@ def person_claims(idp: Idp, client: Client, granted: Granted, sid: str) -> dict:
     return claims | role_claims(idp, account.id, granted.scope, client)
 
 
+def access_token_key(idp: Idp, client: Client) -> Key:
+    return idp.auth_ring.signer(client.row.access_token_signed_alg or idp.auth_ring.access.alg)
+
+
 def mint_access_token(idp: Idp, client: Client, claims: dict) -> str:
-    ring = idp.auth_ring
-    return ring.mint(ring.signer(client.row.access_token_signed_alg or ring.access.alg), AT_JWT, claims)
+    return idp.auth_ring.mint(access_token_key(idp, client), AT_JWT, claims)
 
 
 def issue_machine(idp: Idp, client: Client, granted: Granted, caller: Caller) -> dict:
@@ -3447,6 +3778,7 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
             action = "refresh_token_used" if granted.spends else "user_token_issued"
             detail = f"jti={jti};retry=true" if retried else f"jti={jti}"
             audit(idp, caller.acting_as(account.id), action, row.client_id, detail)
+            idp.store.note_use(row.client_id, now)
             # Mint inside the transaction: if signing failed after the commit, the client would have lost its
             # code or refresh token and got no token.
             claims |= person_claims(idp, client, granted, family.sid)
@@ -3472,7 +3804,8 @@ def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id
     now, options, ms = idp.now(), idp.options, issuing_ms(idp, account)
     jti, lifetime, roles = new_jti(ms), options.admin_token_expiration, role_claims(idp, account.id, "")
     family = Family(
-        new_sid(ms), account.id, ADMIN_CLIENT, "", " ".join(amr), now, "", ms, now + lifetime, None
+        new_sid(ms), account.id, ADMIN_CLIENT, "", " ".join(amr), now, "", ms, now + lifetime, None,
+        ip_address=caller.peer, user_agent=caller.user_agent[:200],
     )
     with idp.store.transaction():
         check_unchanged(idp, account, ms)
@@ -3491,6 +3824,7 @@ def issue_admin(idp: Idp, caller: Caller, account: Account, amr: list, client_id
         "amr": amr, "auth_time": now, "sid": family.sid, **roles,
     }
     ring = idp.admin_ring
+    idp.counters.add(TOKENS, "admin", ADMIN_CLIENT)
     return {
         "access_token": ring.mint(ring.access, AT_JWT, fit_claims(claims)), "token_type": "Bearer",
         "expires_in": lifetime, "jti": jti, "aud": options.admin_issuer, "audience": options.admin_issuer,
@@ -3764,11 +4098,138 @@ def begin_browser_session(
     return handle
 
 
-def end_browser_session(idp: Idp, caller: Caller, id_sha256: str):
-    """Revoke a browser session and every login at a client that began in it."""
+def end_browser_session(idp: Idp, caller: Caller, id_sha256: str, user_id: str = ""):
+    """Revoke a browser session and every login at a client that began in it.
+
+    `user_id` is its user, if that is not the caller.
+    """
     with idp.store.transaction():
         if idp.store.revoke_browser_session(id_sha256, idp.now()):
-            audit(idp, caller, "browser_logged_out", caller.actor)
+            audit(idp, caller, "browser_logged_out", user_id or caller.actor)
+
+
+# -- sessions at the console of ADMIN --
+
+PROOF_TTL = 300  # seconds after a password for which what asks for a fresh proof is done without one
+
+
+def is_at_its_place(caller: Caller, console: AdminSession) -> bool:
+    """Return whether a request comes from the browser and the network of the last proof of its session.
+
+    Cookies ignore ports: other services of the host receive the cookie too, and could use it from elsewhere.
+    """
+    return caller.user_agent[:200] == console.user_agent and network_of(caller.peer) == network_of(console.ip_address)
+
+
+def find_console(idp: Idp, caller: Caller, handle: str | None, passive: bool) -> tuple[AdminSession, Account] | None:
+    """Return the session at the console of a cookie and its user, or None if it is over.
+
+    It is over if its user may no longer log in as an administrator, or if anything revoked what was issued to the user.
+    Neither a passive request counts as use, nor one from elsewhere.
+    """
+    if not handle or len(handle) > 100:
+        return None
+    console, now = idp.store.find_admin_session(sha256(handle)), idp.now()
+    if (
+        console is None or console.expires_at <= now
+        or console.last_seen_at + idp.options.console_idle_expiration <= now
+        or console.created_ms <= idp.revoked_before or console.auth_time > now + IAT_SKEW
+    ):
+        return None
+    account = idp.store.find_account(console.user_id)
+    if not is_still_valid(account, console.created_ms) or not is_admin(idp, console.user_id):
+        return None
+    is_use = not passive and is_at_its_place(caller, console)
+    if is_use and now - console.last_seen_at >= 60:  # at most one write a minute
+        idp.store.touch_admin_session(console.id_sha256, now)
+        console = msgspec.structs.replace(console, last_seen_at=now)
+    return console, account
+
+
+def begin_console(
+    idp: Idp, caller: Caller, account: Account, amr: list, replaces: str | None
+) -> tuple[str, AdminSession]:
+    """Begin a session at the console; return the handle for its cookie. The session of the handle `replaces` ends.
+
+    The handle is always a new one, so that nobody can know it from before. OWASP Session Management, Session Fixation.
+    """
+    handle, now = random_handle(), idp.now()
+    ms = issuing_ms(idp, account)
+    console = AdminSession(
+        sha256(handle), account.id, " ".join(amr), now, now, ms, now, now + idp.options.console_absolute_expiration,
+        caller.peer, caller.user_agent[:200],
+    )
+    with idp.store.transaction():
+        check_unchanged(idp, account, ms)
+        if replaces:
+            idp.store.delete_admin_session(sha256(replaces))
+        idp.store.insert(console)
+        audit(idp, caller.acting_as(account.id), "console_signed_in", account.id, "amr=" + ",".join(amr))
+    return handle, console
+
+
+def is_proof_fresh(idp: Idp, console: AdminSession) -> bool:
+    return -IAT_SKEW <= idp.now() - console.proven_at < PROOF_TTL
+
+
+def prove_console(idp: Idp, caller: Caller, console: AdminSession, account: Account, amr: list) -> AdminSession:
+    """Record that the user of a session has just been authenticated again, in the browser of this caller.
+
+    Raises invalid_token if the session ended meanwhile.
+    """
+    with idp.store.transaction():
+        check_unchanged(idp, account, console.created_ms)
+        proven = idp.store.prove_admin_session(
+            console.id_sha256, account.id, " ".join(amr), idp.now(), caller.peer, caller.user_agent[:200]
+        )
+        if proven is None:
+            raise Problem("invalid_token", log="the session at the console has just ended")
+        moved = "" if is_at_its_place(caller, console) else f"moved_from={console.ip_address}"
+        audit(idp, caller, "console_proven", account.id, moved)
+    return proven
+
+
+def end_console(idp: Idp, caller: Caller, console: AdminSession):
+    with idp.store.transaction():
+        if idp.store.delete_admin_session(console.id_sha256):
+            audit(idp, caller, "console_signed_out", console.user_id)
+
+
+def list_own_sessions(idp: Idp, user_id: str, current: str) -> list[ConsoleSession]:
+    """Return the sessions of an administrator at the console and the logins for ADMIN tokens; `current` is an id."""
+    now, least = idp.now(), idp.revoked_before
+    consoles = idp.store.list_admin_sessions(user_id, now, idp.options.console_idle_expiration)
+    return [
+        ConsoleSession(
+            row.id_sha256, "console", row.id_sha256 == current, iso(row.auth_time), iso(row.last_seen_at),
+            iso(row.expires_at), row.ip_address, row.user_agent,
+        )
+        for row in consoles if row.created_ms > least
+    ] + [
+        ConsoleSession(
+            row.sid, "token", row.sid == current, iso(row.created_ms // 1000), None, iso(row.expires_at), "", "",
+        )
+        for row in idp.store.list_admin_logins(user_id, ADMIN_CLIENT, now) if row.created_ms > least
+    ]
+
+
+def end_own_sessions(idp: Idp, caller: Caller, user_id: str, current: str, id: str = "") -> int:
+    """End one of an administrator's own sessions at ADMIN, or all but `current`; return how many.
+
+    Raises not_found if `id` is none of them.
+    """
+    with idp.store.transaction():
+        rows = list_own_sessions(idp, user_id, current)
+        ended = [row for row in rows if (row.id == id if id else not row.is_current)]
+        if id and not ended:
+            raise Problem("not_found")
+        for row in ended:
+            if row.kind == "console":
+                idp.store.delete_admin_session(row.id)
+                audit(idp, caller, "console_ended", user_id)
+            else:
+                revoke_family(idp, caller, row.id, "logout", "admin")
+    return len(ended)
 
 
 def demanded_sub(request: AuthorizeRequest) -> str:
@@ -3958,6 +4419,17 @@ def state_after_factors(idp: Idp, login: Login, account: Account) -> str:
     return "done"
 
 
+def advance_after_password(idp: Idp, login: Login, account: Account, offers_factor=False) -> Login:
+    """Move a login on whose password was just proven. `offers_factor` lets a user set up a second factor, or not."""
+    demanded = offers_factor or (login.client is not None and "ENABLE_TOTP" in login.client.flags)
+    state = "totp" if account.totp_sealed else "enrol" if demanded else state_after_factors(idp, login, account)
+    proven_ms = max(idp.now_ms(), account.revoked_before + 1)
+    return advance_proven(
+        idp, login, state, new_sealed_seed(idp, account.id, state), user_id=account.id, amr="pwd", auth_time=idp.now(),
+        proven_ms=proven_ms,
+    )
+
+
 def submit_password(idp: Idp, caller: Caller, login: Login, username: str, password: str) -> Login:
     """Verify the password, the first step. Raises invalid_grant as authenticate_user does."""
     if login.row.state != "password":
@@ -3968,13 +4440,7 @@ def submit_password(idp: Idp, caller: Caller, login: Login, username: str, passw
         if problem.code == "invalid_grant":
             count_failed_step(idp, login)
         raise
-    demanded = login.client is not None and "ENABLE_TOTP" in login.client.flags
-    state = "totp" if account.totp_sealed else "enrol" if demanded else state_after_factors(idp, login, account)
-    proven_ms = max(idp.now_ms(), account.revoked_before + 1)
-    return advance_proven(
-        idp, login, state, new_sealed_seed(idp, account.id, state), user_id=account.id, amr="pwd", auth_time=idp.now(),
-        proven_ms=proven_ms,
-    )
+    return advance_after_password(idp, login, account)
 
 
 def submit_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
@@ -3996,6 +4462,16 @@ def submit_code(idp: Idp, caller: Caller, login: Login, code: str) -> Login:
     return advance_proven(idp, login, state, mark, amr=" ".join(amr), auth_time=auth_time)
 
 
+def skip_enrolment(idp: Idp, login: Login) -> Login:
+    """Go on without the second factor that is offered. Raises access_denied where a client demands it."""
+    if login.row.state != "enrol" or login.request is not None:
+        raise Problem("access_denied", log="this second factor is demanded")
+    account = idp.store.find_account(login.row.user_id or "")
+    if not is_still_valid(account, login.row.proven_ms):
+        raise Problem("not_found", log="the user changed meanwhile")
+    return advance_proven(idp, login, state_after_factors(idp, login, account))
+
+
 def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, list[str]]:
     """Set up a second factor by its first code, as the second step; return the recovery codes, to be shown once."""
     if login.row.state != "enrol":
@@ -4015,7 +4491,7 @@ def enrol(idp: Idp, caller: Caller, login: Login, code: str) -> tuple[Login, lis
         idp.store.set_totp(account.id, idp.seal.close(seed, account.id), idp.now())
         idp.store.spend_totp_step(account.id, found)
         audit(idp, caller.acting_as(account.id), "totp_enabled", account.id)
-        codes = make_recovery_codes(idp, caller, account.id)
+        codes = make_recovery_codes(idp, caller.acting_as(account.id), account.id)
     remove_qr_files(idp)
     return login, codes
 
@@ -4106,6 +4582,117 @@ def revoke_consent(idp: Idp, caller: Caller, account: Account, id_or_client_id: 
         audit(idp, caller, "consent_revoked", client.client_id, f"user_id={account.id}")
 
 
+def revoke_consents(idp: Idp, caller: Caller, client: Client, pause) -> int:
+    """Take back the consents of every user for a client, and end everything issued to it; return how many there were.
+
+    What was issued ends first, at once. The consents go in slices: if that is interrupted, it is to be repeated.
+    """
+    done, deleted = 0, SLICE
+    revoke_client(idp, caller, client.row, "consents_revoked")
+    while deleted == SLICE:
+        with idp.store.transaction():
+            deleted = idp.store.delete_consents(client.row.id, SLICE)
+        done += deleted
+        pause(0.001)
+    return done
+
+
+# -- previews --
+
+
+def explain_left_out(idp: Idp, client: Client, requested: str | None, granted) -> dict[str, str]:
+    """Return why scopes that were requested would not be granted, by their names."""
+    asked = set((requested or "").split(" ")) - {""}
+
+    def reason(scope):
+        if scope in OIDC_SCOPES and OPENID not in asked:
+            return "the client must ask for openid as well"
+        if scope in client.scopes:
+            return "the user does not have this scope"
+        return "the client may not ask for this scope" if idp.store.find_scope(scope) else "there is no such scope"
+
+    return {scope: reason(scope) for scope in sorted(asked - set(granted))}
+
+
+def preview_token(idp: Idp, key: Key, typ: str, claims: dict) -> PreviewedToken:
+    return PreviewedToken(msgspec.json.decode(unb64url(idp.auth_ring.headers[key.kid, typ].decode())), claims)
+
+
+def preview_machine(idp: Idp, client: Client, request: PreviewTokens) -> Preview:
+    """Return what a client would get for itself. RFC 6749 §4.4."""
+    may = client.row.client_type == CONFIDENTIAL and CLIENT_CREDENTIALS in client.grant_types
+    try:
+        scope = decide_scopes(request.scope, client.scopes)
+    except Problem as problem:
+        granted = client.scopes & set((request.scope or "").split())
+        left_out = explain_left_out(idp, client, request.scope, granted)
+        return Preview(problem.code if may else "unauthorized_client", [], PreviewedScopes([], left_out), [])
+    preview = Preview("" if may else "unauthorized_client", [], PreviewedScopes(scope.split(), {}), [])
+    if may:
+        claims, _ = draft_token(idp, client, Granted(scope, CLIENT_CREDENTIALS), issuing_ms(idp, client.row))
+        preview.access_token = preview_token(idp, access_token_key(idp, client), AT_JWT, claims)
+    return preview
+
+
+def preview_user(idp: Idp, caller: Caller, client: Client, account: Account, request: PreviewTokens) -> Preview:
+    """Return what a client would get if this user logged in there now, and agreed to all that the client asks for."""
+    asked, refused = AuthorizeRequest(client.client_id, "", scope=request.scope), ""
+    try:
+        asked.claims = read_claims_parameter(ENCODE(request.claims).decode() if request.claims else None)
+    except Problem as problem:
+        reject(claims="is malformed" if problem.code == "invalid_request" else "")
+        refused = problem.code
+    amr = ["pwd", "otp", "mfa"] if account.totp_sealed or "ENABLE_TOTP" in client.flags else ["pwd"]
+    scopes = grantable_scopes(idp, client, account, asked)
+    if AUTHORIZATION_CODE not in client.grant_types:
+        refused = "unauthorized_client"
+    elif scopes is None:
+        refused = "invalid_scope"
+    elif not acr_of(amr, asked.claims):
+        refused = "unmet_authentication_requirements"
+    requested = set((request.scope or "").split())
+    possible = allowed_to_user(requested, client.scopes, scopes_of_user(idp, account.id))
+    left_out = explain_left_out(idp, client, request.scope, possible)
+    preview = Preview(refused, [], PreviewedScopes([] if refused else scopes or [], left_out), [])
+    preview.obstacles = [obstacle] if (obstacle := login_obstacle(idp, caller, account)) else []
+    if refused or scopes is None:
+        return preview
+    consent = scopes_to_consent(idp, client, account, asked) or []
+    preview.consent = consent if lacks_consent(idp, client, account, asked) else []
+    ms, now, agreed = issuing_ms(idp, client.row, account), idp.now(), " ".join(consent)
+    granted = Granted(" ".join(scopes), "code", account, amr, now)
+    family = Family(
+        random_handle()[:22], account.id, client.client_id, granted.scope, " ".join(amr), now, "", ms, now, None,
+        claims=asked.claims,
+    )
+    claims = draft_token(idp, client, granted, ms)[0] | person_claims(idp, client, granted, family.sid)
+    preview.access_token = preview_token(idp, access_token_key(idp, client), AT_JWT, fit_claims(claims))
+    if OPENID in scopes:
+        in_id_token = id_token_claims(idp, client, granted, family, "", agreed)
+        preview.id_token = preview_token(idp, id_token_key(idp, client), JWT, in_id_token)
+        preview.userinfo = userinfo_claims(idp, client, family, account, preview.access_token.claims, agreed)
+    return preview
+
+
+def preview_tokens(idp: Idp, caller: Caller, id_or_client_id: str, request: PreviewTokens) -> Preview:
+    """Return the tokens that a client would get for a user, or for itself, as the functions that issue make them.
+
+    Nothing is signed, so nothing of it is a token, and nothing is stored but the row of the audit log.
+    Raises not_found, or invalid_request for a malformed claims parameter.
+    """
+    client = get_client(idp, id_or_client_id)
+    if request.user_id:
+        account = get_user(idp, request.user_id)
+        # Nobody's device: a lockout is shown as a stranger meets it.
+        preview = preview_user(idp, Caller(caller.peer), client, account, request)
+    else:
+        preview = preview_machine(idp, client, request)
+    if not client.row.is_active:
+        preview.obstacles.append("the client is inactive")
+    audit(idp, caller, "tokens_previewed", client.client_id, f"user_id={account.id}" if request.user_id else "")
+    return preview
+
+
 # == HTTP ======================================================================
 # Params, guards, pages, Answer, cookies and App: the only section that touches bottle.request.
 
@@ -4123,6 +4710,7 @@ class Page(msgspec.Struct):
     status: int = 200
     headers: list = []
     policy: str = ""  # Content-Security-Policy; empty for that of BASE_HEADERS
+    cache_control: str = ""  # Cache-Control, instead of that of `cache`
 
 
 class Redirect(msgspec.Struct):
@@ -4174,6 +4762,13 @@ def media_preference(accept: str, media: str) -> tuple[float, int]:
         if name in exactness and QUALITY.fullmatch(quality):
             found = max(found, (exactness[name], float(quality)))
     return found[1], found[0]
+
+
+def require_browser(params):
+    """Raise not_found, as for an unknown route, unless Accept prefers HTML to JSON."""
+    accept = params.environ.get("HTTP_ACCEPT", "")
+    if media_preference(accept, "text/html") <= media_preference(accept, JSON):
+        raise Problem("not_found", headers=[("X-Not-Found", "route")])
 
 
 def parse_form(body: bytes) -> list[tuple[str, str]]:
@@ -4270,11 +4865,13 @@ class Params:
 
     __slots__ = (
         "environ", "path", "pairs", "values", "repeated", "is_parsed", "body", "query", "caller", "route", "session",
+        "console",
     )
 
     def __init__(self, environ, path, route):
         self.environ, self.path, self.route, self.body, self.query = environ, path, route, None, None
         self.session: Any = UNSET  # what current_session() found
+        self.console: AdminSession | None = None  # by_admin() sets it, unless the caller has an access token
         peer = environ.get("microauthd.peer") or environ.get("REMOTE_ADDR", "127.0.0.1")
         # The Unix socket alone proves who is at the machine: a proxy on it has a loopback address too. One that speaks
         # for others on the socket shows that by its header fields.
@@ -4550,12 +5147,193 @@ def by_scope(name):
     return guard
 
 
+# -- the console: a cookie with a form token --
+
+CONSOLE_COOKIE = "mad-admin"
+
+
+def form_token(key: bytes, purpose: str) -> str:
+    """Return a form's anti-CSRF token."""
+    return b64url(hmac.digest(key, purpose.encode(), "sha256")[:18])
+
+
+def host_without_port(authority: str) -> str:
+    """Return the host of an authority, in lower case, an IPv6 address in its brackets. RFC 3986 §3.2.2."""
+    host = authority[: authority.rindex(":")] if re.search(r":[0-9]*$", authority) else authority
+    return host.lower().rstrip(".")
+
+
+def is_https(environ) -> bool:
+    """Return whether the browser came by https, as far as one can know: a proxy that ends TLS may be unknown to us."""
+    return environ["wsgi.url_scheme"] == "https" or environ.get("HTTP_ORIGIN", "").lower().startswith("https://")
+
+
+def make_console_cookie(environ, value: str, max_age: int) -> str:
+    """Return the Set-Cookie value of a session at the console; under https no other host can set it.
+
+    SameSite is Strict: the document needs no cookie, and what it fetches comes from its own site. RFC 6265bis §4.1.3.2
+    """
+    prefix, secure = ("__Host-", "; Secure") if is_https(environ) else ("", "")
+    return f"{prefix}{CONSOLE_COOKIE}={value}; Path=/; HttpOnly; SameSite=Strict{secure}; Max-Age={max_age}"
+
+
+def console_handle(params) -> str | None:
+    """Return the cookie of the console: that which only https sets, else the other one where TLS is not ours."""
+    handle = params.cookie("__Host-" + CONSOLE_COOKIE)
+    return handle if handle or params.environ["wsgi.url_scheme"] == "https" else params.cookie(CONSOLE_COOKIE)
+
+
+def own_origins(options: Options, environ) -> set[str]:
+    """Return the origins, in lower case, that a page of ADMIN may have."""
+    # A proxy that ends TLS need not be known to us, nor send on the Host that the browser sent.
+    host, domain = environ.get("HTTP_HOST", ""), options.admin_domain
+    own = {f"{environ['wsgi.url_scheme']}://{host}", f"https://{host}", options.admin_issuer}
+    if not is_loopback_host(host_without_port(domain)):  # at https://localhost another server of the machine may be
+        own.add(f"https://{domain}")
+    return {name.lower() for name in own}
+
+
+def check_own_page(idp: Idp, params):
+    """Raise access_denied unless a page of ADMIN itself made the request. Fetch Metadata §2.1, Fetch Standard §3.2.
+
+    Browsers send no Sec-Fetch-Site to an http URL of another machine; there, what changes something names its Origin.
+    """
+    environ = params.environ
+    site, origin = environ.get("HTTP_SEC_FETCH_SITE"), environ.get("HTTP_ORIGIN")
+    if site is not None:
+        is_own = site.lower() == "same-origin"
+    elif origin is not None:
+        is_own = origin.lower() in own_origins(idp.options, environ)
+    else:
+        is_own = environ["REQUEST_METHOD"] in ("GET", "HEAD")
+    if not is_own:
+        raise Problem("access_denied", log=f"no page of ours: {escape(f'{site} {origin}'[:200])}")
+
+
+def read_console(idp: Idp, params, needs_token=True) -> tuple[AdminSession, Account]:
+    """Return the session at the console of a request's cookie, and its user, who becomes the actor.
+
+    The cookie alone opens nothing, because other ports of this host receive it and can make a browser send it: a
+    request has to carry the session's form token too. Raises access_denied, or invalid_token if the session is over.
+    """
+    check_own_page(idp, params)
+    handle = console_handle(params)
+    if handle and needs_token:
+        expected, sent = form_token(handle.encode(), "console"), params.environ.get("HTTP_X_FORM_TOKEN", "")
+        if not hmac.compare_digest(expected.encode(), sent.encode("utf-8", "replace")):
+            raise Problem("access_denied", log="a request of the console without its form token, or of another browser")
+    is_passive = params.environ.get("HTTP_X_PASSIVE") == "1"
+    found = find_console(idp, params.caller, handle, is_passive)
+    if found is None:
+        raise Problem("invalid_token", log="no session at the console, or it is over")
+    params.caller = params.caller.acting_as(found[1].id)
+    return found
+
+
+def by_console(idp: Idp, params) -> tuple[AdminSession, Account]:
+    """A guard that demands a session at the console, from wherever it comes, and its form token."""
+    return read_console(idp, params)
+
+
+def by_console_cookie(idp: Idp, params) -> tuple[AdminSession, Account]:
+    """The guard of the one route that gives the form token."""
+    return read_console(idp, params, needs_token=False)
+
+
 def by_admin(idp: Idp, params) -> dict:
-    """A guard that demands a valid ADMIN token of a user who is still an administrator."""
+    """A guard that demands a user who is still an administrator: by an ADMIN token, or by a session at the console.
+
+    A request without a token has the second if it carries X-Form-Token. Returns the claims of the token; of a session
+    `sub` and `sid`. Raises reauthentication_required if a session is used from another browser or another network than
+    that of its last proof.
+    """
+    if "HTTP_AUTHORIZATION" not in params.environ and "HTTP_X_FORM_TOKEN" in params.environ:
+        console, account = read_console(idp, params)
+        if not is_at_its_place(params.caller, console):
+            log = f"a session at the console is used where it was not proven: that was at {console.ip_address}"
+            raise Problem("reauthentication_required", log=log)
+        params.console, id_sha256 = console, console.id_sha256
+        params.caller = msgspec.structs.replace(params.caller, console=id_sha256)
+        return {"sub": account.id, "sid": id_sha256}
     claims = read_claims(idp, idp.admin_ring, idp.options.admin_issuer, params)
     if claims["mad"] != "admin" or not is_admin(idp, claims["sub"]):
         raise Problem("invalid_token", log="not an administrator any more")
     return claims
+
+
+def is_scraper(idp: Idp, environ) -> bool:
+    """Return whether `metrics-allow` names who has connected. What a proxy sends on may come from anybody."""
+    if environ.get("microauthd.proxied") or "microauthd.uid" in environ:
+        return False
+    try:
+        ip = ipaddress.ip_address(environ.get("microauthd.socket", ""))
+    except ValueError:
+        return False
+    return any(ip in network for network in idp.options.metrics_allow)
+
+
+READ_METRICS = by_scope("admin:read_metrics")
+
+
+def by_scraper(idp, params):
+    """A guard of the metrics: an address of `metrics-allow`, or a token with the scope for it."""
+    if not is_scraper(idp, params.environ):
+        READ_METRICS(idp, params)
+
+
+vars(by_scraper)["scope"] = vars(READ_METRICS)["scope"]
+
+
+def by_scraper_or_admin(idp, params):
+    """A guard of the metrics on ADMIN: by_scraper(), or an administrator."""
+    try:
+        by_scraper(idp, params)
+    except Problem as problem:
+        if problem.code != "invalid_token":
+            raise
+        by_admin(idp, params)
+
+
+vars(by_scraper_or_admin)["scope"] = vars(READ_METRICS)["scope"]
+
+
+# -- what asks for the password again --
+# Functions (idp, params) for `proof` of a route. They bind sessions at the console: an ADMIN token has a short life.
+
+
+def always(idp: Idp, params) -> bool:
+    return True
+
+
+def of_administrator(idp: Idp, params) -> bool:
+    """Return whether the user of the path is an administrator."""
+    return is_admin(idp, get_user(idp, params.path["id"]).id)
+
+
+def of_administrators(idp: Idp, params) -> bool:
+    """Return whether the roles of an administrator change, or somebody becomes one."""
+    body = params.body
+    user_id = params.path.get("id") or body.user_id
+    roles = [role.id for role in getattr(body, "roles", body)] if "id" in params.path else [body.role_id]
+    named = {get_role(idp, role).id for role in roles if role.strip()}
+    return MAD_ADMIN_ROLE_ID in named or is_admin(idp, get_user(idp, user_id).id)
+
+
+def of_named_administrator(idp: Idp, params) -> bool:
+    """Return whether the body names an administrator."""
+    return bool(params.body.user_id) and is_admin(idp, get_user(idp, params.body.user_id).id)
+
+
+def of_first_piece(idp: Idp, params) -> bool:
+    """Return whether a file is fetched from its beginning."""
+    return params.query.offset == 0
+
+
+def require_proof(idp: Idp, params):
+    """Raise reauthentication_required if a session at the console does what needs a fresh proof, and has none."""
+    proof, console = params.route.proof, params.console
+    if console and proof and not is_proof_fresh(idp, console) and proof(idp, params):
+        raise Problem("reauthentication_required", log="the last proof is too old", audited=True)
 
 
 # -- entity tags and lists --
@@ -4582,21 +5360,41 @@ def if_match(idp, params, show):
 
 
 def paged_reply(params, rows, total) -> Reply:
-    """Return a page of a list, with the total in X-Total-Count and the next page in Link. RFC 8288 §3.
+    """Return a page of a list, with the total in X-Total-Count, and in Link the pages around it. RFC 8288 §3.
 
     Long lists are not counted to their end: X-Total-Count-Relation says that the total is a lower bound.
     """
     headers, query = [("X-Total-Count", str(total))], params.query
     if isinstance(total, AtLeast):
         headers.append(("X-Total-Count-Relation", "gte"))
-    if query.offset + len(rows) < total and rows:
-        after: list = [(name, value) for name, value in params.pairs if name.lower() not in ("limit", "offset")]
-        after += [("limit", query.limit), ("offset", query.offset + len(rows))]
-        headers.append(("Link", f'<?{urlencode(after)}>; rel="next"'))
-    return Reply(rows, headers)
+    kept = [(name, value) for name, value in params.pairs if name.lower() not in ("limit", "offset", "after")]
+    kept.append(("limit", query.limit))
+    # A page that begins behind an id costs the same however deep it lies. Rows that are sorted by another member have
+    # offsets, and so has a caller who began with one.
+    is_by_id = isinstance(query, PagedById) or (isinstance(query, ListSessions) and query.sort in ("id", "-id"))
+    by_id = is_by_id and not query.offset
+    targets: dict[str, tuple] = {}
+    if by_id and len(rows) == query.limit and (query.after is not None or len(rows) < total):
+        targets["next"] = (("after", rows[-1].id),)
+    elif not by_id and rows and query.offset + len(rows) < total:
+        targets["next"] = (("offset", query.offset + len(rows)),)
+    if query.offset:
+        targets |= {"prev": (("offset", max(0, query.offset - query.limit)),), "first": (("offset", 0),)}
+    elif by_id and query.after is not None:
+        targets["first"] = ()
+    links = [f'<?{urlencode([*kept, *target])}>; rel="{rel}"' for rel, target in targets.items()]
+    return Reply(rows, [*headers, ("Link", ", ".join(links))] if links else headers)
 
 
 # -- HTML pages --
+
+
+def words_of_time(idp: Idp, text: dict) -> dict:
+    """Return the functions by which a template says moments, in Unix seconds, and browsers to people."""
+    return {
+        "ago": lambda at: describe_age(idp.now() - at, at, text),
+        "browser": lambda user_agent: describe_browser(user_agent, text),
+    }
 
 
 def show_page(
@@ -4610,7 +5408,7 @@ def show_page(
         "style": f"{base}/pages/{idp.pages.style[0]}", "script": f"{base}/pages/{script}" if script else "",
         "brand": box_name(idp.options),
         "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
-    } | variables
+    } | words_of_time(idp, idp.pages.texts[language]) | variables
     # Chromium applies form-action to every redirect that follows a form. A callback may redirect to another host of
     # its application (an authenticating proxy, a separate backend), so only the scheme is known here.
     target_scheme = f" {urlsplit(target).scheme}:" if target else ""
@@ -4640,8 +5438,11 @@ BASE_HEADERS = security_headers()
 PAGE_POLICY = "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'self'; object-src 'none'"
 
 
-def render_problem(problem: Problem, oauth: bool) -> Reply:
-    """Render a Problem as an OAuth error or an Err. A 401 gets its challenge. RFC 9110 §15.5.2."""
+def render_problem(problem: Problem, oauth: bool, environ) -> Reply:
+    """Render a Problem as an OAuth error or an Err, which names the request. A 401 gets its challenge.
+
+    RFC 9110 §15.5.2.
+    """
     headers = list(problem.headers)
     if problem.status == 401 and not any(name == "WWW-Authenticate" for name, _ in headers):
         challenge = (
@@ -4650,7 +5451,8 @@ def render_problem(problem: Problem, oauth: bool) -> Reply:
             else f'Bearer realm="microauthd", error="{problem.code}", error_description="{problem.message}"'
         )
         headers.append(("WWW-Authenticate", challenge))
-    return Reply(problem.as_oauth() if oauth else problem.as_err(), headers, problem.status)
+    named = {"request_id": environ["microauthd.request_id"]} if environ.get("microauthd.request_id") else {}
+    return Reply(problem.as_oauth() if oauth else problem.as_err() | named, headers, problem.status)
 
 
 STATUS = {code: f"{code} {phrase}" for code, phrase in bottle.HTTP_CODES.items()}
@@ -4698,8 +5500,9 @@ class Answer:
         try:
             caller = () if route.guard is anyone else (route.guard(self.idp, params),)
             params.decode()
+            require_proof(self.idp, params)
             result = route.handler(self.idp, *caller, params)
-            if route.versioned and environ["REQUEST_METHOD"] != "DELETE":
+            if route.versioned and environ["REQUEST_METHOD"] != "DELETE" and not isinstance(result, Msg):
                 return Reply(result, [("ETag", etag(result))])
             return result if route.status == 200 else Reply(result, status=route.status)
         except (Problem, Unavailable) as error:
@@ -4714,7 +5517,7 @@ class Answer:
             self.idp.log(
                 "bug", "error", exc_info=error, path=route.paths[0], request_id=environ.get("microauthd.request_id", "")
             )
-        return show_problem(self.idp, problem, environ) if route.html else render_problem(problem, route.oauth)
+        return show_problem(self.idp, problem, environ) if route.html else render_problem(problem, route.oauth, environ)
 
     def log_refusal(self, environ, code, status, reason, route=None):
         self.idp.log(
@@ -4732,7 +5535,8 @@ class Answer:
         if isinstance(result, Page):
             status, body = result.status, result.content
             headers = security_headers(result.policy) if result.policy else BASE_HEADERS
-            headers += (("Cache-Control", f"public, max-age={result.cache}") if result.cache else NO_STORE,)
+            cached = f"public, max-age={result.cache}" if result.cache else NO_STORE[1]
+            headers += (("Cache-Control", result.cache_control or cached),)
             if result.etag:
                 headers += (("ETag", result.etag),)
             if result.etag and environ.get("HTTP_IF_NONE_MATCH") == result.etag:
@@ -4759,6 +5563,8 @@ def served_routes(idp: Idp, routes: Routes):
     issuer_path = urlsplit(idp.options.auth_issuer).path
     for route in routes.routes:
         if route.option and not getattr(idp.options, route.option):
+            continue
+        if route.unless and getattr(idp.options, route.unless):
             continue
         for path in route.paths:
             yield route, path
@@ -4802,7 +5608,8 @@ def allow_origin(idp: Idp, environ, methods="") -> tuple:
         log_origin(idp, environ, origin, known)
         return headers
     headers += (
-        ("Access-Control-Allow-Origin", origin), ("Access-Control-Expose-Headers", "WWW-Authenticate, Retry-After"),
+        ("Access-Control-Allow-Origin", origin),
+        ("Access-Control-Expose-Headers", "WWW-Authenticate, Retry-After, X-Request-Id"),
         # Some clients always send credentials (keycloak-js). No route with `cors` reads a cookie.
         ("Access-Control-Allow-Credentials", "true"),
     )
@@ -4868,28 +5675,24 @@ def login_binding(idp, params) -> str | None:
     return params.cookie(cookie_name(idp, LOGIN_COOKIE))
 
 
-def form_token(key: bytes, purpose: str) -> str:
-    """Return a form's anti-CSRF token."""
-    return b64url(hmac.digest(key, purpose.encode(), "sha256")[:18])
-
-
 def session_form_token(handle: str | None) -> str:
     """Return the token of the forms of a browser session, keyed with its cookie; "" without one."""
     return form_token(handle.encode(), "session") if handle else ""
 
 
-def login_form_token(idp: Idp, row: LoginTransaction) -> str:
-    """Return the token of the form for a state of a login.
+def login_form_token(idp: Idp, row: LoginTransaction, state="") -> str:
+    """Return the token of the form for a state of a login: the one it is in, unless another is named.
 
     The box's own key makes it, because the login's secret may be renewed while the page waits in another tab. The
     login itself is found by that secret alone.
     """
-    return form_token(idp.seal.form_key, f"{row.id} {row.state}")
+    return form_token(idp.seal.form_key, f"{row.id} {state or row.state}")
 
 
-def check_form(params, expected: str):
-    """Raise access_denied unless the form carries its token."""
-    if not expected or not hmac.compare_digest(expected.encode(), (params.get("form") or "").encode()):
+def check_form(params, *expected: str):
+    """Raise access_denied unless the form carries its token, or one of several."""
+    given = (params.get("form") or "").encode()
+    if not any(token and hmac.compare_digest(token.encode(), given) for token in expected):
         raise Problem("access_denied", log="a form without its token, or of another browser")
 
 
@@ -4902,7 +5705,7 @@ def describe_port(idp: Idp, routes: Routes) -> dict:
     return describe_api(routes.name, VERSION, server, served_routes(idp, routes), Err, OAuthError)
 
 
-PUBLIC_PATHS = ("/", "/<path:path>")  # of the route that serves public files
+PUBLIC_PATH = "/<path:path>"  # of the route that serves public files
 
 
 def find_public_file(path: str) -> tuple[str, str] | None:
@@ -4933,7 +5736,7 @@ class Router(bottle.Router):
         self.methods: dict[str, set[str]] = {}  # of each path without variables
 
     def add(self, rule, method, target, name=None):
-        if rule in PUBLIC_PATHS:
+        if rule == PUBLIC_PATH:
             self.public_target = target
             return
         if "<" not in rule:
@@ -4993,7 +5796,7 @@ class App:
     """
 
     def __init__(self, idp: Idp, routes: Routes):
-        self.idp, self.answer, self.bottle = idp, Answer(idp), bottle.Bottle()
+        self.idp, self.name, self.answer, self.bottle = idp, routes.name, Answer(idp), bottle.Bottle()
         self.table: dict = {}
         self.bottle.uninstall(True)  # its JSON and template plugins: Answer renders instead
         vars(self.bottle)["router"] = Router()  # Bottle forbids replacing an attribute
@@ -5011,11 +5814,14 @@ class App:
         """Return the callback of a route, which Bottle calls with the variables of the path."""
 
         def answer(**path):
-            environ = bottle.request.environ
+            environ, started = bottle.request.environ, time.perf_counter()
             path = {name: value.replace(SLASH, "/") for name, value in path.items()}
             result = self.answer.run(route, environ, path)
             if not isinstance(result, bottle.HTTPResponse):
-                return self.to_bottle(result, environ)
+                content = self.to_bottle(result, environ)
+                self.count(environ, route.paths[0], bottle.response.status_code, started)
+                return content
+            self.count(environ, route.paths[0], result.status_code, started)
             # Bottle itself sends a static file, whose handler has set its policy.
             policy = result.get_header("Content-Security-Policy", "")
             for header in (*security_headers(policy, environ["wsgi.url_scheme"]), ("Cache-Control", "no-cache")):
@@ -5023,6 +5829,12 @@ class App:
             return result
 
         return answer
+
+    def count(self, environ, path: str, status: int, started: float):
+        """Count a request, by the first path of its route."""
+        self.idp.counters.count_request(
+            self.name, path, environ["REQUEST_METHOD"], status, time.perf_counter() - started
+        )
 
     def to_bottle(self, result, environ) -> bytes:
         """Write the status and headers of a result into bottle.response; return its body."""
@@ -5042,12 +5854,15 @@ class App:
             self.idp.log("bug", "error", exc_info=error.exception, path=describe_path(bottle.request.path))
         # X-Not-Found tells a client an unknown route from an unknown object. Only Allow is taken from Bottle's error.
         unknown = [("X-Not-Found", "route")] if code == "not_found" else ()
-        content = self.to_bottle(render_problem(Problem(code, headers=unknown), False), bottle.request.environ)
+        environ = bottle.request.environ
+        content = self.to_bottle(render_problem(Problem(code, headers=unknown), False, environ), environ)
+        self.count(environ, NO_ROUTE, bottle.response.status_code, time.perf_counter())
         if allow := error.get_header("Allow"):
             bottle.response.set_header("Allow", allow)
         return content
 
     def __call__(self, environ, start_response):
+        started = time.perf_counter()
         if self.prefix and environ["PATH_INFO"].startswith(self.prefix + "/"):
             environ["SCRIPT_NAME"], environ["PATH_INFO"] = self.prefix, environ["PATH_INFO"][len(self.prefix) :]
         route = self.table.get((environ["REQUEST_METHOD"], environ["PATH_INFO"]))
@@ -5056,26 +5871,23 @@ class App:
                 allow = self.bottle.router.allow(environ["PATH_INFO"])
                 headers = (*security_headers(scheme=environ["wsgi.url_scheme"]), ("Allow", allow))
                 start_response("204 No Content", [*headers, *allow_origin(self.idp, environ, allow)])
+                self.count(environ, environ["PATH_INFO"], 204, started)  # a path without variables is a route
                 return [b""]
             return self.bottle(environ, start_response)
         status, headers, body = self.answer.render(self.answer.run(route, environ, {}), environ)
         if route.cors and ("HTTP_ORIGIN" in environ or status == 304 or NO_STORE not in headers):
             headers += allow_origin(self.idp, environ)
         start_response(STATUS[status], [*headers, ("Content-Length", str(len(body)))])
+        self.count(environ, route.paths[0], status, started)
         return [body]
-
-
-def host_without_port(authority: str) -> str:
-    """Return the host of an authority, in lower case, an IPv6 address in its brackets. RFC 3986 §3.2.2."""
-    host = authority[: authority.rindex(":")] if re.search(r":[0-9]*$", authority) else authority
-    return host.lower().rstrip(".")
 
 
 def refuse_early(idp: Idp, environ, start_response, problem: Problem) -> list[bytes]:
     """Answer a request to ADMIN that reaches no route, and log why."""
     answer = Answer(idp)
     answer.log_refusal(environ, problem.code, problem.status, problem.log)
-    status, headers, content = answer.render(render_problem(problem, False), environ)
+    status, headers, content = answer.render(render_problem(problem, False, environ), environ)
+    idp.counters.count_request("admin", NO_ROUTE, environ["REQUEST_METHOD"], status, 0.0)
     start_response(STATUS[status], [*headers, ("Content-Length", str(len(content)))])
     return [content]
 
@@ -5121,12 +5933,7 @@ def cross_site_reason(options: Options, environ) -> str:
     origin = environ.get("HTTP_ORIGIN")
     if is_reading or origin is None:
         return ""
-    # A proxy that ends TLS need not be known to us, nor send on the Host that the browser sent.
-    host, domain = environ.get("HTTP_HOST", ""), options.admin_domain
-    own = {f"{environ['wsgi.url_scheme']}://{host}", f"https://{host}", options.admin_issuer}
-    if not is_loopback_host(host_without_port(domain)):  # at https://localhost another server of the machine may be
-        own.add(f"https://{domain}")
-    return "" if origin.lower() in {name.lower() for name in own} else f"Origin is {escape(origin[:200])}"
+    return "" if origin.lower() in own_origins(options, environ) else f"Origin is {escape(origin[:200])}"
 
 
 def refuse_cross_site(app, idp: Idp):
@@ -5158,9 +5965,9 @@ def user_object(account: Account) -> UserObject:
     )
 
 
-def rows_of_users(idp: Idp, query: ListUsers) -> tuple[list, int]:
+def rows_of_users(idp: Idp, query: ListUsers, **more) -> tuple[list, int]:
     is_active = {"true": 1, "false": 0, "all": None}[query.is_active]
-    return idp.store.list_accounts(fold(query.q), is_active, query.sort, query.limit, query.offset)
+    return idp.store.list_accounts(fold(query.q), is_active, query.sort, query.limit, query.offset, **more)
 
 
 # == AUTH endpoints ============================================================
@@ -5206,13 +6013,11 @@ LOG_DAMAGED = (  # without what the operator finds in the log: anyone may ask
 )
 
 
-@AUTH("GET", "/health/ready", guard=anyone, spec="readiness", gives=Health)
-def ready(idp, params):
-    """Tell whether the database can be written, the keys are loaded and the clock is plausible.
+def check_readiness(idp: Idp) -> dict[str, bool]:
+    """Return whether the keys are loaded, the clock is plausible and the database can be written.
 
-    `warnings` has what does not keep the server from serving, and is to be settled by an operator.
+    One probe a second at most: it takes the write lock, and anyone may ask.
     """
-    # One probe a second at most: it takes the write lock, and anyone may call this.
     until, checks = idp.readiness
     if time.monotonic() >= until:
         checks = {"keys": bool(idp.auth_ring.keys), "clock": idp.check_clock(irreversible=False), "database": True}
@@ -5225,7 +6030,19 @@ def ready(idp, params):
         with contextlib.suppress(Unavailable):
             idp.log_was_damaged = bool(idp.store.meta("log_damaged"))
         idp.readiness = (time.monotonic() + 1, checks)
-    more = {"warnings": [LOG_DAMAGED]} if idp.log_was_damaged else {}
+    return checks
+
+
+@AUTH("GET", "/health/ready", guard=anyone, spec="readiness", gives=Health)
+def ready(idp, params):
+    """Tell whether the database can be written, the keys are loaded and the clock is plausible.
+
+    `warnings` has what does not keep the server from serving, and is to be settled by an operator.
+    """
+    checks = check_readiness(idp)
+    warnings = [LOG_DAMAGED] if idp.log_was_damaged else []
+    warnings += certificate_warnings(idp.certificates, idp.now())
+    more = {"warnings": warnings} if warnings else {}
     if all(checks.values()):
         return {"status": "ok", "checks": checks, **more}
     return Reply({"status": "unavailable", "checks": checks, **more}, [("Retry-After", "5")], 503)
@@ -5240,6 +6057,19 @@ def jwks(idp, params):
     # A cache this short has a new key before the key signs: processes load a ring within a second. RFC 7517 §5.
     cache = max(0, min(300, idp.options.key_overlap - 2))
     return cached_page(idp, "jwks", lambda: idp.auth_ring.jwks(), cache)
+
+
+@AUTH(
+    "GET", "/.well-known/microauthd/ca.pem", guard=anyone, spec=OWN, gives=bytes,
+    gives_media="application/x-x509-ca-cert", tagged=True, option="tls",
+)
+def ca(idp, params):
+    """Return the root of the box's own CA as PEM. Compare its fingerprint with what the box itself shows."""
+    content = idp.store.meta("authority_root").encode()
+    if not content:  # every port has a certificate of its own, and no start has made a CA yet
+        raise Problem("not_found")
+    etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    return Page(content, "application/x-x509-ca-cert", cache=300, etag=etag)
 
 
 def describe_server(idp: Idp) -> dict:
@@ -5321,7 +6151,9 @@ def token(idp, client, params):
             raise Problem("unsupported_grant_type")
         if grant_type not in client.grant_types:
             raise Problem("unauthorized_client")
-        return issue(idp, client, GRANTS[grant_type](idp, client, params), params.caller)
+        answer = issue(idp, client, GRANTS[grant_type](idp, client, params), params.caller)
+        idp.counters.add(TOKENS, grant_type, client.client_id)
+        return answer
     except Problem as problem:
         if problem.status < 429 and not problem.audited:
             grant = params.values.get("grant_type")
@@ -5363,10 +6195,7 @@ def revoke(idp, client, params):
 def userinfo(idp, claims, params):
     """Return the claims about the user that the scope of the token covers."""
     family, client = idp.store.find_family(claims["sid"]), client_of_token(idp, claims)
-    also = released_claims(idp, client, family, "userinfo") if family else ()
-    if claims.get("roles_omitted"):
-        also += tuple(opened_role_claims(client, claims["scope"]))
-    return user_claims(idp, get_user(idp, claims["sub"]), claims["scope"], also)
+    return userinfo_claims(idp, client, family, get_user(idp, claims["sub"]), claims)
 
 
 @AUTH("GET", "/me", guard=by_bearer(), spec=OWN, gives=Me)
@@ -5391,11 +6220,11 @@ def whoami(idp, claims, params):
     return {"message": f"Hello, {claims['sub']}"}
 
 
-def session_object(session: ListedSession) -> SessionObject:
+def session_object(session: ListedSession, kind: type[SessionObject] = SessionObject, *more) -> SessionObject:
     issued, expires = iso(session.issued_at), iso(session.expires_at)
-    return SessionObject(
+    return kind(
         session.id, session.user_id, session.username, session.client_id, issued, expires, is_session_revoked(session),
-        session.token_use, session.mad_use, session.login_method, False, 0, None, session.client_id, issued,
+        session.token_use, session.mad_use, session.login_method, False, 0, None, session.client_id, issued, *more,
     )
 
 
@@ -5527,12 +6356,18 @@ def refuse_client(
     )
 
 
+def find_or_make_binding(idp: Idp, params) -> tuple[str, list[str]]:
+    """Return the secret of the logins of this browser, and the cookie for it if it is new."""
+    binding = login_binding(idp, params)
+    if binding and re.fullmatch(r"[A-Za-z0-9_-]{43}", binding):
+        return binding, []
+    binding = random_handle()
+    return binding, [make_cookie(idp, LOGIN_COOKIE, binding)]
+
+
 def open_login(idp: Idp, params, request, state="password", session=None) -> Redirect:
     """Begin a login in this browser, and redirect to its page."""
-    binding, cookies = login_binding(idp, params), []
-    if not binding or not re.fullmatch(r"[A-Za-z0-9_-]{43}", binding):
-        binding = random_handle()
-        cookies = [make_cookie(idp, LOGIN_COOKIE, binding)]
+    binding, cookies = find_or_make_binding(idp, params)
     row = begin_login(idp, params.caller, binding, request, state, session)
     name = "jti" if params.environ["REQUEST_METHOD"] == "POST" else "tx"  # a script reads it by the original's name
     return Redirect(f"{idp.options.auth_issuer}/login?{name}={row.id}", cookies)
@@ -5631,7 +6466,7 @@ def begin_headless(idp: Idp, params) -> Reply | Redirect | Page:
         row = begin_login(idp, params.caller, jti, request)
         return Reply(headless_step(load_login(idp, row), jti, False))
     except (Problem, Unavailable) as error:
-        return render_problem(as_problem(error), False)
+        return render_problem(as_problem(error), False, params.environ)
 
 
 def is_headless(idp: Idp, params) -> bool:
@@ -5726,12 +6561,13 @@ def state_variables(idp: Idp, params, login: Login) -> dict:
         assert row.user_id
         account = idp.store.find_account(row.user_id)
     if row.state == "enrol":
-        assert row.pending and client
+        assert row.pending
         if account is None:
-            return {"secret": "", "qr": ""}
+            return {"secret": "", "qr": "", "may_skip": False, "username": ""}
         seed = idp.seal.open(row.pending, account.id)
-        issuer_name = client.flags.get("TOTP_ISSUER") or box_name(idp.options)
-        return {"secret": seed, "qr": qr_uri(totp_uri(seed, account.username, issuer_name))}
+        issuer_name = (client.flags.get("TOTP_ISSUER") if client else "") or box_name(idp.options)
+        qr = qr_uri(totp_uri(seed, account.username, issuer_name))
+        return {"secret": seed, "qr": qr, "may_skip": client is None, "username": account.username}
     variables: dict[str, Any] = {"username": account.username if account else ""}
     if row.state == "select":
         assert request and client
@@ -5743,9 +6579,38 @@ def state_variables(idp: Idp, params, login: Login) -> dict:
     return variables
 
 
+def host_of_application(redirect_uri: str) -> str:
+    """Return the host, with its port, to which a login leads back; "" if that is a program on the user's device.
+
+    Such a one has a loopback address or a scheme of its own, which any program can claim. RFC 8252 §7, §8.6
+    """
+    parts = urlsplit(redirect_uri)
+    is_web = parts.scheme.lower() in ("http", "https") and not is_loopback_host(parts.hostname or "")
+    return parts.netloc.rpartition("@")[2] if is_web else ""
+
+
+HELP_LINK = re.compile(r"(https?://|mailto:|tel:)\S+", re.IGNORECASE)
+
+
+def application_variables(idp: Idp, login: Login) -> dict:
+    """Return the template variables that say to which application a login leads."""
+    request, client = login.request, login.client
+    if not request or not client:
+        return {"client": "", "host": "", "picture": ""}
+    return {
+        "client": client.row.display_name or client.client_id, "host": host_of_application(request.redirect_uri),
+        "picture": idp.pages.picture(client.client_id),
+    }
+
+
+def codes_file(idp: Idp, username: str, codes) -> str:
+    """Return the address of a file with recovery codes, which the page itself carries."""
+    return text_uri("\n".join([f"{box_name(idp.options)}, {username}", "", *codes, ""])) if codes else ""
+
+
 def show_login(idp: Idp, params, login: Login, *, status=200, error="", **variables) -> Page:
     """Return the page for the state of a login."""
-    request, client, row = login.request, login.client, login.row
+    request, row = login.request, login.row
     variables |= state_variables(idp, params, login)
     template = {
         "password": "sign_in", "totp": "second_factor", "enrol": "enrol", "codes": "codes", "consent": "consent",
@@ -5754,8 +6619,10 @@ def show_login(idp: Idp, params, login: Login, *, status=200, error="", **variab
     return show_page(
         idp, params.environ, template, status=status, error=error,
         ui_locales=request.ui_locales if request else "", target=request.redirect_uri if request else "", tx=row.id,
-        form=login_form_token(idp, row),
-        client=(client.row.display_name or client.client_id) if client else "",
+        form=login_form_token(idp, row), script="pages.js", help=idp.options.login_help,
+        help_link=HELP_LINK.fullmatch(idp.options.login_help) is not None,
+        codes_file=codes_file(idp, variables.get("username", ""), variables.get("recovery")),
+        **application_variables(idp, login),
         **({"username": request.login_hint if request else "", "recovery": []} | variables),
     )
 
@@ -5955,14 +6822,20 @@ def login_totp(idp, params):
 
 
 @AUTH(
-    "POST", "/login/enrol", guard=anyone, spec="RFC 6238", form=CodeForm, gives=bytes, gives_media="text/html",
+    "POST", "/login/enrol", guard=anyone, spec="RFC 6238", form=EnrolForm, gives=bytes, gives_media="text/html",
     html=True, option="enable_pkce",
 )
 @lands_once("enrol", land_enrolment, "totp")
 def login_enrol(idp, params):
-    """Enrol a second factor during a login by its first code, and show the recovery codes once."""
+    """Enrol a second factor during a login by its first code, and show the recovery codes once.
+
+    One that an invitation offers may be left out.
+    """
     login = posted_login(idp, params, "enrol")
     try:
+        if params.get("skip"):
+            after = skip_enrolment(idp, login)
+            return continue_login(idp, params, after, idp.store.find_account(after.row.user_id))
         after, recovery = enrol(idp, browser_caller(idp, params), login, (params.get("totp") or "").strip())
     except Problem as problem:
         return show_refusal(idp, params, login, problem, "wrong_code")
@@ -6039,17 +6912,54 @@ def login_consent(idp, params):
     return continue_login(idp, params, decided)
 
 
+STEPS_OF_A_USER = ("totp", "enrol", "select", "consent")
+
+
+@AUTH(
+    "POST", "/login/other", guard=anyone, spec="OpenID Connect Core §3.1.2.1", form=StepForm, gives=bytes,
+    gives_media="text/html", html=True, option="enable_pkce",
+)
+def login_other(idp, params):
+    """Continue a login with another account: what was proven so far is dropped.
+
+    Any page of the login may send it, and twice: it only ever leads back to the password.
+    """
+    login = get_current_login(idp, params)
+    check_form(params, *(login_form_token(idp, login.row, state) for state in STEPS_OF_A_USER))
+    if login.row.state == "password":
+        return continue_login(idp, params, login)
+    if login.row.state not in STEPS_OF_A_USER:
+        raise Problem("conflict", log="the form of another state")
+    mark = mark_of(idp, login.row)
+    return continue_login(
+        idp, params, advance(idp, login, "password", mark, user_id=None, amr="", auth_time=0, proven_ms=0)
+    )
+
+
+@AUTH(
+    "POST", "/login/cancel", guard=anyone, spec="RFC 6749 §4.1.2.1", form=StepForm, gives=bytes,
+    gives_media="text/html", html=True, option="enable_pkce",
+)
+def login_cancel(idp, params):
+    """Send the user back to the client with access_denied; the browser's "back" leads to the login again."""
+    login = get_current_login(idp, params)
+    check_form(params, *(login_form_token(idp, login.row, state) for state in ("password", *STEPS_OF_A_USER)))
+    if login.request is None:
+        raise Problem("invalid_request", log="no client to go back to")
+    return tell_denial(idp, params, login.request)
+
+
 @AUTH(
     "GET", "/pages/<name>", guard=anyone, spec="style of the pages", gives=bytes, gives_media="*/*", html=True,
     option="enable_pkce",
 )
 def page_asset(idp, params):
-    """Return the style sheet, the script or the logo of the login pages."""
+    """Return the style sheet, a script or the logo of the login pages."""
     name = params.path["name"]
     style, content = idp.pages.style
     if name == style:
         return Page(content, "text/css; charset=utf-8", cache=31536000)
-    if name == "form_post.js":
+    if name in SCRIPTS:
         return Page(idp.pages.file(name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
     kind = LOGO_TYPES.get(idp.options.brand_logo.rpartition(".")[2].lower())
     if name == "logo" and kind:
@@ -6061,6 +6971,66 @@ def page_asset(idp, params):
         except OSError as error:
             raise Problem("not_found", log=f"brand-logo: {error.strerror}") from None
     raise Problem("not_found")
+
+
+# -- people: invitations --
+
+
+def show_invitation(
+    idp: Idp, params, found: Invitation, account: Account, binding: str, cookies=(), status=200, error=""
+) -> Page:
+    code = params.need("code")
+    return show_page(
+        idp, params.environ, "invite", status=status, error=error, cookies=cookies, state="open", code=code,
+        form=form_token(idp.seal.form_key, f"invitation {sha256(code)} {binding}"), username=account.username,
+        purpose=found.purpose, least=idp.options.password_min_length, script="pages.js",
+    )
+
+
+def show_invitation_over(idp: Idp, params, problem: Problem) -> Page:
+    Answer(idp).log_refusal(params.environ, problem.code, problem.status, problem.log)
+    return show_page(idp, params.environ, "invite", status=problem.status, state="over")
+
+
+@AUTH(
+    "GET", "/invite", guard=anyone, spec=OWN, form=InvitePageForm, gives=bytes, gives_media="text/html", html=True,
+    option="enable_pkce",
+)
+def invitation_page(idp, params):
+    """Show the form by which an invited user chooses a password; looking at it spends nothing."""
+    try:
+        found, account = get_invited(idp, params.get("code") or "")
+    except Problem as problem:
+        return show_invitation_over(idp, params, problem)
+    binding, cookies = find_or_make_binding(idp, params)
+    return show_invitation(idp, params, found, account, binding, cookies)
+
+
+@AUTH(
+    "POST", "/invite", guard=anyone, spec=OWN, form=InviteForm, gives=bytes, gives_media="text/html", html=True,
+    option="enable_pkce",
+)
+def invitation_accept(idp, params):
+    """Set the password that an invited user chose, once, and go on to the second factor.
+
+    The form is bound to the browser that it was shown in: another site cannot log anybody in as somebody else by it.
+    """
+    code, binding = params.get("code") or "", login_binding(idp, params) or ""
+    try:
+        found, account = get_invited(idp, code)
+        check_form(params, form_token(idp.seal.form_key, f"invitation {sha256(code)} {binding}") if binding else "")
+        row = begin_login(idp, params.caller, binding, None)  # first: it may be refused, and must spend nothing then
+        found, account = accept_invitation(idp, params.caller, code, params.get("new_password") or "")
+    except Problem as problem:
+        if problem.code == "not_found":
+            return show_invitation_over(idp, params, problem)
+        if problem.errors is None:
+            raise
+        return show_invitation(idp, params, found, account, binding, status=400, error="weak_password")
+    if login_obstacle(idp, params.caller, account):  # a lockout of guesses may close the account for a while
+        return show_page(idp, params.environ, "invite", state="done")
+    login = advance_after_password(idp, load_login(idp, row, binding), account, found.purpose == "invite")
+    return continue_login(idp, params, login, account if login.row.state == "done" else None)
 
 
 # -- people: applications with their own screens --
@@ -6247,9 +7217,10 @@ def client_name(idp, client_id) -> str:
 
 
 def show_account(
-    idp: Idp, params, session, account, *, handle="", status=200, notice="", error="", recovery=(), seed="", cookies=()
+    idp: Idp, params, session, account, *, handle="", status=200, notice="", error="", failed="", recovery=(), seed="",
+    cookies=(),
 ) -> Page:
-    """Return the account page of a user, in a session of its browser.
+    """Return the account page of a user, in a session of its browser; `failed` is the action that `error` refused.
 
     The seed of a new second factor is shown in the answer to the password only, or a stolen session would show it.
     """
@@ -6258,7 +7229,7 @@ def show_account(
     assert account and handle
     return show_page(
         idp, params.environ, "account", status=status, account=account,
-        form=session_form_token(handle), notice=notice, error=error,
+        form=session_form_token(handle), notice=notice, error=error, failed=failed, script="pages.js",
         sessions=[
             (row, row.id_sha256 == session.id_sha256, iso(row.last_seen_at))
             for row in idp.store.list_browser_sessions(account.id, idp.now())
@@ -6273,6 +7244,7 @@ def show_account(
             for row in idp.store.list_consents(account.id)
         ],
         has_totp=bool(account.totp_sealed), left=idp.store.count_recovery_codes(account.id), recovery=recovery,
+        codes_file=codes_file(idp, account.username, recovery), least=idp.options.password_min_length,
         is_pending=bool(account.totp_pending_sealed), secret=seed,
         qr=qr_uri(totp_uri(seed, account.username, box_name(idp.options))) if seed else "",
         cookies=cookies,
@@ -6357,7 +7329,7 @@ def confirm_own_totp(idp, params, session, account):
     if account.totp_sealed:
         raise Problem("invalid_request", log="there is a second factor already")
     confirm_totp(idp, params.caller.acting_as(account.id), account, (params.get("totp") or "").strip(), revoke=False)
-    recovery = make_recovery_codes(idp, params.caller, account.id)
+    recovery = make_recovery_codes(idp, params.caller.acting_as(account.id), account.id)
     return show_account(idp, params, session, account, notice="totp_on", recovery=recovery)
 
 
@@ -6371,7 +7343,8 @@ def renew_own_codes(idp, params, session, account):
     if not account.totp_sealed:
         raise Problem("invalid_request", log="recovery codes without a second factor")
     reauthenticate(idp, params, account)
-    return show_account(idp, params, session, account, recovery=make_recovery_codes(idp, params.caller, account.id))
+    recovery = make_recovery_codes(idp, params.caller.acting_as(account.id), account.id)
+    return show_account(idp, params, session, account, recovery=recovery)
 
 
 ACCOUNT_CHANGES = {
@@ -6408,7 +7381,7 @@ def account_change(idp, params):
         Answer(idp).log_refusal(params.environ, problem.code, problem.status, problem.log)
         error = {"invalid_grant": "wrong_password", "slow_down": "wait"}.get(problem.code, "unknown")
         return show_account(
-            idp, params, session, account, status=problem.status,
+            idp, params, session, account, status=problem.status, failed=params.values.get("action", ""),
             error="weak_password" if "new_password" in (problem.errors or {}) else error,
         )
 
@@ -6443,6 +7416,26 @@ def scoped_reset_password(idp, claims, params):
         delegated_rights(idp, claims),
     )
     return msg("Password reset; every login of the user is ended.")
+
+
+def shown_invitation(row: Invitation) -> tuple[str, str, str, str, str, str]:
+    return row.id, row.user_id, row.purpose, row.created_by, iso(row.created_ms // 1000), iso(row.expires_at)
+
+
+def new_invitation(idp: Idp, row: Invitation, code: str) -> NewInvitation:
+    return NewInvitation(*shown_invitation(row), f"{idp.options.auth_issuer}/invite?code={code}")
+
+
+@AUTH(
+    "POST", "/user/<id>/invitations", guard=by_scope("admin:reset_passwords"), spec=OWN, takes=Invite,
+    gives=NewInvitation, option="enable_pkce",
+)
+def scoped_create_invitation(idp, claims, params):
+    """Make a link by which a user, who has no administrative right that the caller lacks, chooses a password."""
+    rights = delegated_rights(idp, claims)
+    return new_invitation(
+        idp, *create_invitation(idp, params.caller, params.path["id"], params.body.purpose, rights)
+    )
 
 
 @AUTH("POST", "/user/<id>/deactivate", guard=by_scope("admin:deactivate_users"), spec=OWN, gives=Msg)
@@ -6483,7 +7476,17 @@ def auth_swagger_script(idp, params):
 
 
 @AUTH(
-    "GET", PUBLIC_PATHS, guard=anyone, spec=OWN, gives=bytes, gives_media="*/*",
+    "GET", "/", guard=anyone, spec=OWN, gives=bytes, leads=True, option="enable_pkce",
+    unless="serve_public_auth_files",
+)
+def auth_root(idp, params):
+    """Lead a browser to the account page, unless public files serve this path; 404 for whoever prefers no HTML."""
+    require_browser(params)
+    return Redirect(f"{idp.options.auth_issuer}/account")
+
+
+@AUTH(
+    "GET", PUBLIC_PATH, guard=anyone, spec=OWN, gives=bytes, gives_media="*/*",
     option="serve_public_auth_files",
 )
 def public_file(idp, params):
@@ -6494,6 +7497,8 @@ def public_file(idp, params):
     asked = params.path["path"]
     found = find_public_file(asked)
     if found is None:
+        if not asked and idp.options.enable_pkce:
+            return auth_root(idp, params)
         if not find_public_file(asked + "/"):
             raise Problem("not_found")
         # A page finds its neighbours by relative references, so it needs the slash. The Location is relative too,
@@ -6539,6 +7544,21 @@ def admin_ready(idp, params):
     return ready(idp, params)
 
 
+@ADMIN("GET", "/status", guard=by_admin, spec=OWN, gives=StatusObject)
+def admin_status(idp, claims, params):
+    """Tell how the box is: processes, ports, clock, certificates, backups, disk, and what needs attention."""
+    return idp.machine.read_status(idp)
+
+
+@ADMIN(
+    "GET", "/.well-known/microauthd/ca.pem", guard=anyone, spec=OWN, gives=bytes,
+    gives_media="application/x-x509-ca-cert", tagged=True, option="tls",
+)
+def admin_ca(idp, params):
+    """Return the root of the box's own CA as PEM. Compare its fingerprint with what the box itself shows."""
+    return ca(idp, params)
+
+
 @ADMIN("POST", "/token", guard=anyone, spec=OWN, form=AdminTokenForm, gives=TokenObject)
 def admin_token(idp, params):
     """Log an administrator in.
@@ -6553,9 +7573,141 @@ def admin_token(idp, params):
 
 @ADMIN("POST", "/logout", guard=by_admin, spec="mad session logout", form=BearerForm, gives=Msg)
 def admin_logout(idp, claims, params):
-    """End the login that the token belongs to."""
-    revoke_family(idp, params.caller, claims["sid"], "logout", "admin")
+    """End the login that the token belongs to, or the session at the console."""
+    if params.console:
+        end_console(idp, params.caller, params.console)
+    else:
+        revoke_family(idp, params.caller, claims["sid"], "logout", "admin")
     return msg("Logged out.")
+
+
+# -- the console --
+
+
+def console_object(idp: Idp, params, console: AdminSession, account: Account, handle: str | None) -> ConsoleObject:
+    assert handle
+    is_known = is_at_its_place(params.caller, console)
+    return ConsoleObject(
+        ConsoleUser(account.id, account.username, account.email), form_token(handle.encode(), "console"),
+        iso(console.expires_at), iso(console.last_seen_at + idp.options.console_idle_expiration),
+        iso(console.proven_at + PROOF_TTL) if is_known else None, bool(account.totp_sealed), iso(idp.now()),
+    )
+
+
+@ADMIN("POST", "/dashboard/session", guard=anyone, spec=OWN, takes=SignIn, gives=ConsoleObject)
+def admin_sign_in(idp, params):
+    """Sign an administrator in at the console, which sets a cookie; 403 for every cause of failure."""
+    check_own_page(idp, params)
+    body, caller = params.body, browser_caller(idp, params)
+    account, amr = authenticate_user(idp, caller, body.username, body.password, body.totp, admin=True)
+    handle, console = begin_console(idp, params.caller, account, amr, console_handle(params))
+    cookies = [
+        make_console_cookie(params.environ, handle, idp.options.console_absolute_expiration),
+        make_cookie(idp, DEVICE_COOKIE, sign_device(idp, caller, account), DEVICE_TTL),
+    ]
+    shown = console_object(idp, params, console, account, handle)
+    return Reply(shown, [("Set-Cookie", cookie) for cookie in cookies])
+
+
+@ADMIN("GET", "/dashboard/session", guard=by_console_cookie, spec=OWN, gives=ConsoleObject)
+def admin_console_session(idp, found, params):
+    """Return the caller's session at the console, with its form token."""
+    console, account = found
+    return console_object(idp, params, console, account, console_handle(params))
+
+
+@ADMIN("POST", "/dashboard/session/proof", guard=by_console, spec=OWN, takes=Proof, gives=ConsoleObject)
+def admin_prove(idp, found, params):
+    """Take the password again, and the one-time code of whoever has a second factor; 403 for every cause of failure."""
+    console, account = found
+    account, amr = authenticate_user(
+        idp, browser_caller(idp, params), account.username, params.body.password, params.body.totp, admin=True
+    )
+    console = prove_console(idp, params.caller, console, account, amr)
+    return console_object(idp, params, console, account, console_handle(params))
+
+
+@ADMIN("DELETE", "/dashboard/session", guard=by_console, spec=OWN, gives=Msg)
+def admin_sign_out(idp, found, params):
+    """Sign out of the console."""
+    end_console(idp, params.caller, found[0])
+    headers = [("Set-Cookie", make_console_cookie(params.environ, "", 0)), ("Clear-Site-Data", '"cache", "storage"')]
+    return Reply(msg("Signed out."), headers)
+
+
+@ADMIN("GET", "/dashboard/sessions", guard=by_admin, spec=OWN, gives=list[ConsoleSession])
+def admin_list_own_sessions(idp, claims, params):
+    """List the caller's own sessions at the console, and logins for ADMIN tokens."""
+    return list_own_sessions(idp, claims["sub"], claims["sid"])
+
+
+@ADMIN("DELETE", "/dashboard/sessions", guard=by_admin, spec=OWN, gives=Msg)
+def admin_end_other_sessions(idp, claims, params):
+    """End the caller's own sessions at the console and logins for ADMIN tokens, but for that of this request."""
+    return msg(f"{end_own_sessions(idp, params.caller, claims['sub'], claims['sid'])} sessions ended.")
+
+
+@ADMIN("DELETE", "/dashboard/sessions/<id>", guard=by_admin, spec=OWN, gives=Msg)
+def admin_end_own_session(idp, claims, params):
+    """End one of the caller's own sessions at the console, or logins for ADMIN tokens."""
+    end_own_sessions(idp, params.caller, claims["sub"], claims["sid"], params.path["id"])
+    return msg("Session ended.")
+
+
+CONSOLE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; connect-src 'self'; "
+    "frame-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
+)
+UNUSED_FEATURES = (
+    "accelerometer", "autoplay", "camera", "display-capture", "encrypted-media", "fullscreen", "geolocation",
+    "gyroscope", "hid", "idle-detection", "magnetometer", "microphone", "midi", "payment", "picture-in-picture",
+    "publickey-credentials-create", "screen-wake-lock", "serial", "usb", "xr-spatial-tracking",
+)
+CONSOLE_HEADERS = (
+    ("Cross-Origin-Opener-Policy", "same-origin"), ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Permissions-Policy", ", ".join([
+        *(f"{feature}=()" for feature in UNUSED_FEATURES), "clipboard-write=(self)", "publickey-credentials-get=(self)",
+    ])),
+)
+
+
+@ADMIN("GET", "/dashboard/", guard=anyone, spec=OWN, gives=bytes, gives_media="text/html", tagged=True)
+def admin_console(idp, params):
+    """Return the document of the console, in the language of the browser; its files have a version in their path."""
+    language = idp.pages.choose_language(params.environ.get("HTTP_ACCEPT_LANGUAGE", ""))
+    content = idp.console.document(language, box_name(idp.options))
+    return Page(
+        content, "text/html; charset=utf-8", etag=f'"{hashlib.sha256(content).hexdigest()[:32]}"',
+        headers=[*CONSOLE_HEADERS, ("Vary", "Accept-Language")], policy=CONSOLE_POLICY, cache_control="no-cache",
+    )
+
+
+@ADMIN("GET", "/dashboard/files/<version>/<name:path>", guard=anyone, spec=OWN, gives=bytes, gives_media="*/*")
+def admin_console_file(idp, params):
+    """Return a file of the console, of this version of it."""
+    file = idp.console.find(params.path["name"]) if params.path["version"] == idp.console.version else None
+    if file is None:
+        raise Problem("not_found")
+    headers = [("Cross-Origin-Resource-Policy", "same-origin"), ("Vary", "Accept-Encoding")]
+    accepted = params.environ.get("HTTP_ACCEPT_ENCODING", "").lower()
+    is_packed = re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", accepted) is not None
+    if is_packed:
+        headers.append(("Content-Encoding", "gzip"))
+    return Page(
+        file.packed if is_packed else file.content(), file.content_type, headers=headers,
+        cache_control="public, max-age=31536000, immutable",
+    )
+
+
+@ADMIN(
+    "GET", ("/", "/dashboard", "/Dashboard", "/Login"), guard=anyone, spec="addresses of the original", gives=bytes,
+    leads=True,
+)
+def admin_to_console(idp, params):
+    """Lead a browser to the console; 404 for whoever does not prefer HTML."""
+    require_browser(params)
+    return Redirect("dashboard/")
 
 
 # -- resources --
@@ -6565,7 +7717,7 @@ class Resource(msgspec.Struct, frozen=True):
     """What the routes of one kind of record need: its representation and the services on it."""
 
     name: str  # singular; its plural is the path
-    show: Callable  # (record): its representation
+    show: Callable  # (idp, records): their representations
     gives: Any  # the type of the representation
     query: type  # the parameters of the list
     rows: Callable  # (idp, query): the records of a page, and the number of all
@@ -6574,7 +7726,11 @@ class Resource(msgspec.Struct, frozen=True):
     changes: type
     delete: Callable  # (idp, caller, id or name)
     create: Callable | None = None  # (idp, caller, body); None if its route is declared separately
+    listed: Any = None  # the type of the representation in a list, if that is another
+    show_list: Callable | None = None  # (idp, query, records): their representations in a list, if these differ
     takes: type | None = None
+    proof_of_update: Callable | None = None  # `proof` of the route
+    proof_of_delete: Callable | None = None
 
 
 def declare_resource(resource: Resource, *sentences: str):
@@ -6583,29 +7739,33 @@ def declare_resource(resource: Resource, *sentences: str):
     `sentences` describe the routes, in this order: create, list, get, id of a name, update, delete.
     """
     kind, gives = resource.name, resource.gives
-    page = list[gives]  # type: ignore[valid-type]
+    page = list[resource.listed or gives]  # type: ignore[misc,valid-type]
     all_, one = f"/{kind}s", f"/{kind}s/<id>"
 
+    def show(idp, record):
+        return resource.show(idp, [record])[0]
+
     def shown(idp, params):
-        return resource.show(resource.get(idp, params.path["id"]))
+        return show(idp, resource.get(idp, params.path["id"]))
 
     def create(idp, claims, params):
         assert resource.create
-        return resource.show(resource.create(idp, params.caller, params.body))
+        return show(idp, resource.create(idp, params.caller, params.body))
 
     def list_(idp, claims, params):
         rows, total = resource.rows(idp, params.query)
-        return paged_reply(params, [resource.show(row) for row in rows], total)
+        show_list = resource.show_list or (lambda idp, query, rows: resource.show(idp, rows))
+        return paged_reply(params, show_list(idp, params.query, rows), total)
 
     def get(idp, claims, params):
         return shown(idp, params)
 
     def id_(idp, claims, params):
-        return Found(resource.show(resource.get(idp, params.path["name"])).id)
+        return Found(show(idp, resource.get(idp, params.path["name"])).id)
 
     def update(idp, claims, params):
         with if_match(idp, params, lambda: shown(idp, params)):
-            return resource.show(resource.update(idp, params.caller, params.path["id"], params.body))
+            return show(idp, resource.update(idp, params.caller, params.path["id"], params.body))
 
     def delete(idp, claims, params):
         with if_match(idp, params, lambda: shown(idp, params)):
@@ -6617,14 +7777,23 @@ def declare_resource(resource: Resource, *sentences: str):
         (list_, f"list_{kind}s", "GET", all_, {"query": resource.query, "gives": page}),
         (get, f"get_{kind}", "GET", one, {"gives": gives, "versioned": True}),
         (id_, f"{kind}_id", "GET", f"{all_}/id-by-name/<name>", {"gives": Found}),
-        (update, f"update_{kind}", "PUT", one, {"takes": resource.changes, "gives": gives, "versioned": True}),
-        (delete, f"delete_{kind}", "DELETE", one, {"gives": Msg, "versioned": True}),
+        (update, f"update_{kind}", "PUT", one, {
+            "takes": resource.changes, "gives": gives, "versioned": True, "proof": resource.proof_of_update,
+        }),
+        (delete, f"delete_{kind}", "DELETE", one, {
+            "gives": Msg, "versioned": True, "proof": resource.proof_of_delete,
+        }),
     ]
     for (handler, name, method, path, more), sentence in zip(
         routes if resource.create else routes[1:], sentences, strict=True
     ):
         handler.__name__, handler.__doc__ = f"admin_{name}", sentence
         ADMIN(method, path, guard=by_admin, spec=OWN, **more)(handler)
+
+
+def each(show: Callable) -> Callable:
+    """Return the `show` of a resource whose records are represented one by one."""
+    return lambda idp, records: [show(record) for record in records]
 
 
 def rows_by_name(list_rows: str) -> Callable:
@@ -6635,13 +7804,57 @@ def rows_by_name(list_rows: str) -> Callable:
 # -- users --
 
 
+def read_moment(value, member, default) -> int:
+    moment = default if value in (None, "") else read_time(value)
+    if moment is None:
+        reject(**{member: "must be an ISO 8601 date-time or Unix seconds"})
+    assert moment is not None
+    return moment
+
+
+def name_of_actor(idp: Idp, actor: str) -> str:
+    """Return the user name of an actor of the audit log, or the actor itself if that is no user."""
+    account = idp.store.find_account(actor) if actor else None
+    return account.username if account else actor
+
+
+def show_users(idp: Idp, accounts: list[Account]) -> list[UserDetails]:
+    """Return users as ADMIN shows them, with their roles, by one query for all."""
+    details: dict[str, list] = {account.id: [] for account in accounts}
+    for row in idp.store.describe_users(details):
+        details[row.user_id].append(row)
+    shown = []
+    for account in accounts:
+        rows = details[account.id]
+        roles = [row.role for row in rows if row.role]
+        shown.append(
+            UserDetails(
+                **msgspec.structs.asdict(user_object(account)), last_login_at=iso(account.last_login_at),
+                is_admin=MAD_ADMIN_ROLE_NAME in roles, roles=roles, totp_locked_until=iso(account.totp_locked_until),
+                lockout_reason=account.lockout_reason, lockout_by=name_of_actor(idp, account.lockout_by),
+                recovery_codes_left=sum(row.codes for row in rows),
+            )
+        )
+    return shown
+
+
+def search_users(idp: Idp, query: SearchUsers) -> tuple[list, int]:
+    unused_since = read_moment(query.unused_since, "unused_since", 0) or None
+    role_id = get_role(idp, query.role).id if query.role else None
+    return rows_of_users(
+        idp, query, is_admin=query.is_admin, locked=query.locked, totp=query.totp, role_id=role_id,
+        unused_since=unused_since, now=idp.now(),
+    )
+
+
 declare_resource(
     Resource(
-        "user", show=user_object, gives=UserObject, query=ListUsers, rows=rows_of_users, get=get_user,
+        "user", show=show_users, gives=UserDetails, query=SearchUsers, rows=search_users, get=get_user,
         create=create_user, takes=CreateUser, update=update_user, changes=UpdateUser, delete=delete_user,
+        proof_of_update=of_administrator, proof_of_delete=always,
     ),
     "Create a user.",
-    "List the active users, or those that `is_active` selects, filtered by `q`, a page at a time.",
+    "List the active users, or those that `is_active` selects, filtered by `q` and what they have, a page at a time.",
     "Return one user, by id or name.",
     "Return the id of a user name.",
     "Change the members of a user that are sent; an id in the body is ignored. Honours If-Match.",
@@ -6649,49 +7862,52 @@ declare_resource(
 )
 
 
-@ADMIN("POST", "/users/<id>/verify-email", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("POST", "/users/<id>/verify-email", guard=by_admin, spec=OWN, gives=Msg, proof=of_administrator)
 def admin_verify_email(idp, claims, params):
     """Mark the e-mail address of a user as verified."""
     verify_email(idp, params.caller, params.path["id"])
     return msg("E-mail address verified.")
 
 
-@ADMIN("POST", ("/users/deactivate/<id>", "/users/<id>/deactivate"), guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN(
+    "POST", ("/users/deactivate/<id>", "/users/<id>/deactivate"), guard=by_admin, spec=OWN, gives=Msg,
+    proof=of_administrator,
+)
 def admin_deactivate_user(idp, claims, params):
     """Deactivate a user, and end every login of the user."""
     set_user_active(idp, params.caller, params.path["id"], False)
     return msg("User deactivated.")
 
 
-@ADMIN("POST", "/users/<id>/activate", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("POST", "/users/<id>/activate", guard=by_admin, spec=OWN, gives=Msg, proof=of_administrator)
 def admin_activate_user(idp, claims, params):
     """Activate a user."""
     set_user_active(idp, params.caller, params.path["id"], True)
     return msg("User activated.")
 
 
-@ADMIN("POST", "/users/<id>/reset", guard=by_admin, spec=OWN, takes=ResetPassword, gives=Msg)
+@ADMIN("POST", "/users/<id>/reset", guard=by_admin, spec=OWN, takes=ResetPassword, gives=Msg, proof=of_administrator)
 def admin_reset_password(idp, claims, params):
     """Set a new password for a user, and end every login of the user."""
     reset_password(idp, params.caller, params.path["id"], params.body.new_password or params.body.password)
     return msg("Password reset; every login of the user is ended.")
 
 
-@ADMIN("POST", "/users/<id>/set-lockout", guard=by_admin, spec=OWN, takes=SetLockout, gives=Msg)
+@ADMIN("POST", "/users/<id>/set-lockout", guard=by_admin, spec=OWN, takes=SetLockout, gives=Msg, proof=of_administrator)
 def admin_set_lockout(idp, claims, params):
     """Lock a user out until a time, and end every login of the user; null or the year 1 clears every lockout."""
-    set_lockout(idp, params.caller, params.path["id"], params.body.lockout_until)
+    set_lockout(idp, params.caller, params.path["id"], params.body.lockout_until, params.body.reason)
     return msg("Lockout set." if read_lockout(idp, params.body.lockout_until) else "Lockout cleared.")
 
 
-@ADMIN("POST", "/users/<id>/clear-lockout", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("POST", "/users/<id>/clear-lockout", guard=by_admin, spec=OWN, gives=Msg, proof=of_administrator)
 def admin_clear_lockout(idp, claims, params):
     """Clear every lockout of a user, of passwords and of one-time codes."""
     set_lockout(idp, params.caller, params.path["id"], None)
     return msg("Lockout cleared.")
 
 
-@ADMIN("POST", "/users/<id>/revoke", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("POST", "/users/<id>/revoke", guard=by_admin, spec=OWN, gives=Msg, proof=of_administrator)
 def admin_revoke_user(idp, claims, params):
     """End every login, session and token of a user, on both ports."""
     with idp.store.transaction():
@@ -6715,6 +7931,57 @@ def admin_revoke_consent(idp, claims, params):
     return msg("Consent revoked; every login of the user at the client is ended.")
 
 
+@ADMIN(
+    "POST", "/users/<id>/invitations", guard=by_admin, spec=OWN, takes=Invite, gives=NewInvitation,
+    option="enable_pkce", proof=of_administrator,
+)
+def admin_create_invitation(idp, claims, params):
+    """Make a link by which a user chooses a password, once within 24 hours; it replaces an earlier one."""
+    return new_invitation(idp, *create_invitation(idp, params.caller, params.path["id"], params.body.purpose))
+
+
+@ADMIN(
+    "GET", "/users/<id>/invitations", guard=by_admin, spec=OWN, gives=list[InvitationObject], option="enable_pkce"
+)
+def admin_list_invitations(idp, claims, params):
+    """List the living invitation of a user, if there is one, without its link."""
+    found = idp.store.find_invitation_of(get_user(idp, params.path["id"]).id)
+    return [InvitationObject(*shown_invitation(found))] if found and may_invite(idp, found) else []
+
+
+@ADMIN("DELETE", "/invitations/<id>", guard=by_admin, spec=OWN, gives=Msg, option="enable_pkce")
+def admin_delete_invitation(idp, claims, params):
+    """End an invitation before it is used."""
+    delete_invitation(idp, params.caller, params.path["id"])
+    return msg("Invitation ended.")
+
+
+@ADMIN(
+    "GET", "/clients/<id>/consents", guard=by_admin, spec=OWN, query=Paged, gives=list[UserConsentObject]
+)
+def admin_list_consents_for_client(idp, claims, params):
+    """List what users consented to for a client, a page at a time."""
+    client = get_client(idp, params.path["id"])
+    rows, total = idp.store.list_consents_for(client.row.id, params.query.limit, params.query.offset)
+    shown = [UserConsentObject(row.id, row.username, row.scope.split(), iso(row.given_at)) for row in rows]
+    return paged_reply(params, shown, total)
+
+
+@ADMIN("DELETE", "/clients/<id>/consents", guard=by_admin, spec=OWN, gives=Msg, proof=always)
+def admin_revoke_consents_for_client(idp, claims, params):
+    """Take back the consents of every user for a client, and end every token and login of the client."""
+    count = revoke_consents(idp, params.caller, get_client(idp, params.path["id"]), sleep)
+    return msg(f"{count} consents revoked.")
+
+
+@ADMIN("DELETE", "/consents", guard=by_admin, spec=OWN, gives=Msg, proof=always)
+def admin_revoke_all_consents(idp, claims, params):
+    """Take back every consent of every user, and end every token and login of the clients that had any."""
+    clients = [get_client(idp, id) for id in idp.store.list_clients_with_consents()]
+    count = sum(revoke_consents(idp, params.caller, client, sleep) for client in clients)
+    return msg(f"{count} consents revoked.")
+
+
 @ADMIN("POST", "/users/verify-password", guard=by_admin, spec=OWN, takes=VerifyPassword, gives=PasswordVerdict)
 def admin_verify_password(idp, claims, params):
     """Verify the password of a user who could log in; 403 for every cause of failure."""
@@ -6725,7 +7992,7 @@ def admin_verify_password(idp, claims, params):
 # -- second factor --
 
 
-@ADMIN("POST", "/users/<id>/totp/enroll", guard=by_admin, spec=OWN, takes=EnrolTotp, gives=TotpEnrolment)
+@ADMIN("POST", "/users/<id>/totp/enroll", guard=by_admin, spec=OWN, takes=EnrolTotp, gives=TotpEnrolment, proof=always)
 def admin_enrol_totp(idp, claims, params):
     """Make a second factor for a user, and return its otpauth URI, seed and QR code once.
 
@@ -6737,7 +8004,7 @@ def admin_enrol_totp(idp, claims, params):
     return TotpEnrolment(True, uri, seed, draw_qr(uri).decode())
 
 
-@ADMIN("POST", "/users/<id>/totp/generate", guard=by_admin, spec=OWN, takes=GenerateTotp, gives=TotpQr)
+@ADMIN("POST", "/users/<id>/totp/generate", guard=by_admin, spec=OWN, takes=GenerateTotp, gives=TotpQr, proof=always)
 def admin_generate_totp(idp, claims, params):
     """Make a second factor for a user, and write its QR code to a file below totp-qr-output-root.
 
@@ -6761,14 +8028,27 @@ def admin_generate_totp(idp, claims, params):
     return TotpQr(True, name, name)
 
 
-@ADMIN("POST", "/users/<id>/totp/verify", guard=by_admin, spec=OWN, takes=ConfirmTotp, gives=Msg)
+@ADMIN(
+    "POST", "/users/<id>/totp/verify", guard=by_admin, spec=OWN, takes=ConfirmTotp, gives=TotpConfirmed, proof=always
+)
 def admin_confirm_totp(idp, claims, params):
-    """Enable a new second factor by its first code; 403 if the code is wrong."""
-    confirm_totp(idp, params.caller, get_user(idp, params.path["id"]), params.body.code)
-    return msg("Second factor enabled.")
+    """Enable a new second factor by its first code, and return recovery codes once; 403 if the code is wrong."""
+    account = get_user(idp, params.path["id"])
+    confirm_totp(idp, params.caller, account, params.body.code)
+    return TotpConfirmed(True, "Second factor enabled.", make_recovery_codes(idp, params.caller, account.id))
 
 
-@ADMIN("POST", "/users/totp/verify", guard=by_admin, spec=OWN, takes=VerifyTotp, gives=Msg)
+@ADMIN(
+    "POST", "/users/<id>/recovery-codes", guard=by_admin, spec="recovery codes", gives=RecoveryCodes, proof=always
+)
+def admin_make_recovery_codes(idp, claims, params):
+    """Make new recovery codes for a user who has a second factor, and return them once; the earlier ones are void."""
+    account = get_user(idp, params.path["id"])
+    reject(id="" if account.totp_sealed else "has no second factor")
+    return RecoveryCodes(make_recovery_codes(idp, params.caller, account.id))
+
+
+@ADMIN("POST", "/users/totp/verify", guard=by_admin, spec=OWN, takes=VerifyTotp, gives=Msg, proof=always)
 def admin_verify_totp(idp, claims, params):
     """Enable a new second factor by its first code, with the user in the body."""
     totp_issuer(idp, params.body.client_id)
@@ -6776,14 +8056,14 @@ def admin_verify_totp(idp, claims, params):
     return msg("Second factor enabled.")
 
 
-@ADMIN("POST", "/users/<id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("POST", "/users/<id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg, proof=always)
 def admin_disable_totp(idp, claims, params):
     """Disable the second factor of a user."""
     disable_totp(idp, params.caller, get_user(idp, params.path["id"]))
     return msg("Second factor disabled.")
 
 
-@ADMIN("POST", "/users/<id>/<client_id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("POST", "/users/<id>/<client_id>/disable-totp", guard=by_admin, spec=OWN, gives=Msg, proof=always)
 def admin_disable_client_totp(idp, claims, params):
     """Disable the second factor of a user, if the client demands one; it is the user's at every client."""
     totp_issuer(idp, params.path["client_id"])
@@ -6800,13 +8080,33 @@ def role_object(role: Role) -> RoleObject:
     )
 
 
+def show_roles(idp: Idp, query: ListRoleMatrix, roles: list[Role]) -> list[RoleWithMore]:
+    """Return the roles of a list with what the query asks for, by one query for all. Raises invalid_request."""
+    more = {word.strip() for word in query.more.split(",")} - {""}
+    if more - {"permissions", "user_count"}:
+        reject(**{"with": "must be permissions, user_count or both"})
+    shown = [RoleWithMore(**msgspec.structs.asdict(role_object(role))) for role in roles]
+    if "permissions" in more:
+        of_role: dict[str, list[NameRef]] = {}
+        for row in idp.store.list_permissions_by_role():
+            of_role.setdefault(row.role_id, []).append(NameRef(row.id, row.name))
+        for role in shown:
+            role.permissions = of_role.get(role.id, [])
+    if "user_count" in more:
+        counts = idp.store.count_users_by_role()
+        for role in shown:
+            role.user_count = counts.get(role.id, 0)
+    return shown
+
+
 declare_resource(
     Resource(
-        "role", show=role_object, gives=RoleObject, query=ListNamed, rows=rows_by_name("list_roles"), get=get_role,
+        "role", show=each(role_object), gives=RoleObject, query=ListRoleMatrix, listed=RoleWithMore,
+        show_list=show_roles, rows=rows_by_name("list_roles"), get=get_role,
         create=create_role, takes=CreateRole, update=update_role, changes=UpdateRole, delete=delete_role,
     ),
     "Create a role.",
-    "List the roles by name, filtered by `q`, a page at a time.",
+    "List the roles by name, filtered by `q`, a page at a time, `with` their permissions and how many users have them.",
     "Return one role, by id or name.",
     "Return the id of a role name.",
     "Change the members of a role that are sent. Honours If-Match.",
@@ -6814,14 +8114,17 @@ declare_resource(
 )
 
 
-@ADMIN("POST", "/roles/assign", guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg)
+@ADMIN("POST", "/roles/assign", guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg, proof=of_administrators)
 def admin_assign_role(idp, claims, params):
     """Assign a role to a user."""
     assign_role(idp, params.caller, params.body.user_id, params.body.role_id)
     return msg("Role assigned.")
 
 
-@ADMIN("POST", ("/roles/unassign", "/roles/remove"), guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg)
+@ADMIN(
+    "POST", ("/roles/unassign", "/roles/remove"), guard=by_admin, spec=OWN, takes=RoleMember, gives=Msg,
+    proof=of_administrators,
+)
 def admin_unassign_role(idp, claims, params):
     """Remove a role from a user, and end what was issued with it."""
     unassign_role(idp, params.caller, params.body.user_id, params.body.role_id)
@@ -6834,34 +8137,40 @@ def admin_list_role_ids_of_user(idp, claims, params):
     return [role.id for role in idp.store.list_roles_of(get_user(idp, params.path["id"]).id)]
 
 
-@ADMIN("GET", "/users/<id>/roles", guard=by_admin, spec=OWN, query=ListRoles, gives=list[NameRef])
+def roles_of_user(idp: Idp, params) -> list[NameRef]:
+    return [NameRef(role.id, role.name) for role in idp.store.list_roles_of(get_user(idp, params.path["id"]).id)]
+
+
+@ADMIN(
+    "GET", "/users/<id>/roles", guard=by_admin, spec=OWN, query=ListRoles, gives=list[NameRef], versioned=True
+)
 def admin_list_roles_of_user(idp, claims, params):
     """List the roles of a user, or with `all` every active role."""
-    user = get_user(idp, params.path["id"])
-    roles = (
-        [role for role in idp.store.list_roles()[0] if role.is_active]
-        if params.query.all
-        else idp.store.list_roles_of(user.id)
-    )
-    return [NameRef(role.id, role.name) for role in roles]
+    own = roles_of_user(idp, params)
+    every = idp.store.list_roles()[0] if params.query.all else ()
+    return [NameRef(role.id, role.name) for role in every if role.is_active] if params.query.all else own
 
 
-@ADMIN("PUT", "/users/<id>/roles", guard=by_admin, spec=OWN, takes=list[RoleRef] | SetRoles, gives=Msg)
+@ADMIN(
+    "PUT", "/users/<id>/roles", guard=by_admin, spec=OWN, takes=list[RoleRef] | SetRoles, gives=Msg,
+    proof=of_administrators, versioned=True,
+)
 def admin_set_roles(idp, claims, params):
-    """Replace the roles of a user, all or none."""
+    """Replace the roles of a user, all or none. Honours If-Match."""
     roles = params.body.roles if isinstance(params.body, SetRoles) else params.body
-    set_roles(idp, params.caller, params.path["id"], [role.id for role in roles if role.id.strip()])
+    with if_match(idp, params, lambda: roles_of_user(idp, params)):
+        set_roles(idp, params.caller, params.path["id"], [role.id for role in roles if role.id.strip()])
     return msg("Roles set.")
 
 
-@ADMIN("GET", "/roles/<id>/users", guard=by_admin, spec=OWN, query=Paged, gives=list[UserObject])
+@ADMIN("GET", "/roles/<id>/users", guard=by_admin, spec=OWN, query=Paged, gives=list[UserDetails])
 def admin_list_users_of_role(idp, claims, params):
     """List the users who have a role, a page at a time."""
     rows, total = idp.store.list_accounts(
         is_active=None, role_id=get_role(idp, params.path["id"]).id, limit=params.query.limit,
         offset=params.query.offset,
     )
-    return paged_reply(params, [user_object(row) for row in rows], total)
+    return paged_reply(params, show_users(idp, rows), total)
 
 
 # -- permissions --
@@ -6873,7 +8182,7 @@ def name_ref(row: Permission) -> NameRef:
 
 declare_resource(
     Resource(
-        "permission", show=name_ref, gives=NameRef, query=ListNamed,
+        "permission", show=each(name_ref), gives=NameRef, query=ListNamed,
         rows=rows_by_name("list_permissions"), get=get_permission, create=create_permission,
         takes=CreatePermission, update=update_permission, changes=UpdatePermission, delete=delete_permission,
     ),
@@ -6956,7 +8265,8 @@ def scope_object(scope: Scope) -> ScopeObject:
 
 declare_resource(
     Resource(
-        "scope", show=scope_object, gives=ScopeObject, query=ListNamed, rows=rows_by_name("list_scopes"), get=get_scope,
+        "scope", show=each(scope_object), gives=ScopeObject, query=ListNamed,
+        rows=rows_by_name("list_scopes"), get=get_scope,
         create=create_scope, takes=CreateScope, update=update_scope, changes=UpdateScope, delete=delete_scope,
     ),
     "Create a scope.",
@@ -6968,30 +8278,57 @@ declare_resource(
 )
 
 
-@ADMIN("GET", ("/users/<id>/scopes", "/scopes/user/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject])
+@ADMIN(
+    "GET", ("/users/<id>/scopes", "/scopes/user/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject],
+    versioned=True,
+)
 def admin_list_scopes_of_user(idp, claims, params):
     """List the scopes that a user may be granted."""
     return [scope_object(scope) for scope in idp.store.list_scopes_of_user(get_user(idp, params.path["id"]).id)]
 
 
-@ADMIN("POST", "/users/<id>/scopes", guard=by_admin, spec=OWN, takes=AssignScopes, gives=Msg)
+@ADMIN(
+    "PUT", "/users/<id>/scopes", guard=by_admin, spec=OWN, takes=SetScopes, gives=list[ScopeObject], versioned=True,
+    proof=of_administrator,
+)
+def admin_set_scopes_of_user(idp, claims, params):
+    """Replace the scopes of a user, all or none. Honours If-Match."""
+    with if_match(idp, params, lambda: admin_list_scopes_of_user(idp, claims, params)):
+        set_scopes(idp, params.caller, get_user(idp, params.path["id"]), params.body.scope_ids)
+        return admin_list_scopes_of_user(idp, claims, params)
+
+
+@ADMIN("POST", "/users/<id>/scopes", guard=by_admin, spec=OWN, takes=AssignScopes, gives=Msg, proof=of_administrator)
 def admin_assign_scopes_to_user(idp, claims, params):
     """Assign scopes to a user, all or none."""
     added = assign_scopes(idp, params.caller, get_user(idp, params.path["id"]), params.body.ids)
     return msg(f"{added} scopes assigned.")
 
 
-@ADMIN("DELETE", "/users/<id>/scopes/<scope_id>", guard=by_admin, spec=OWN, gives=Msg)
+@ADMIN("DELETE", "/users/<id>/scopes/<scope_id>", guard=by_admin, spec=OWN, gives=Msg, proof=of_administrator)
 def admin_remove_scope_from_user(idp, claims, params):
     """Remove a scope from a user."""
     remove_scope(idp, params.caller, get_user(idp, params.path["id"]), params.path["scope_id"])
     return msg("Scope removed.")
 
 
-@ADMIN("GET", ("/clients/<id>/scopes", "/scopes/client/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject])
+@ADMIN(
+    "GET", ("/clients/<id>/scopes", "/scopes/client/<id>"), guard=by_admin, spec=OWN, gives=list[ScopeObject],
+    versioned=True,
+)
 def admin_list_scopes_of_client(idp, claims, params):
     """List the scopes that a client may request."""
     return [scope_object(scope) for scope in idp.store.list_scopes_of_client(get_client(idp, params.path["id"]).row.id)]
+
+
+@ADMIN(
+    "PUT", "/clients/<id>/scopes", guard=by_admin, spec=OWN, takes=SetScopes, gives=list[ScopeObject], versioned=True
+)
+def admin_set_scopes_of_client(idp, claims, params):
+    """Replace the scopes of a client, all or none. Honours If-Match."""
+    with if_match(idp, params, lambda: admin_list_scopes_of_client(idp, claims, params)):
+        set_scopes(idp, params.caller, get_client(idp, params.path["id"]), params.body.scope_ids)
+        return admin_list_scopes_of_client(idp, claims, params)
 
 
 @ADMIN("POST", "/clients/<id>/scopes", guard=by_admin, spec=OWN, takes=AssignScopes, gives=Msg)
@@ -7017,7 +8354,7 @@ def holder_of(idp, member: ScopeMember) -> Client | Account:
 
 @ADMIN(
     "POST", ("/scopes/assign-to-user", "/scopes/assign-to-client"), guard=by_admin, spec=OWN,
-    takes=ScopeMember, gives=Msg,
+    takes=ScopeMember, gives=Msg, proof=of_named_administrator,
 )
 def admin_assign_scope_to(idp, claims, params):
     """Assign one scope to the user or client in the body."""
@@ -7027,7 +8364,7 @@ def admin_assign_scope_to(idp, claims, params):
 
 @ADMIN(
     "POST", ("/scopes/remove-from-user", "/scopes/remove-from-client"), guard=by_admin, spec=OWN,
-    takes=ScopeMember, gives=Msg,
+    takes=ScopeMember, gives=Msg, proof=of_named_administrator,
 )
 def admin_remove_scope_from(idp, claims, params):
     """Remove one scope from the user or client in the body."""
@@ -7035,24 +8372,29 @@ def admin_remove_scope_from(idp, claims, params):
     return msg("Scope removed.")
 
 
-@ADMIN("GET", "/scopes/<id>/users", guard=by_admin, spec=OWN, query=Paged, gives=list[UserObject])
+@ADMIN("GET", "/scopes/<id>/users", guard=by_admin, spec=OWN, query=Paged, gives=list[UserDetails])
 def admin_list_users_with_scope(idp, claims, params):
     """List the users who may be granted a scope, a page at a time."""
     rows, total = idp.store.list_accounts(
         is_active=None, scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit,
         offset=params.query.offset,
     )
-    return paged_reply(params, [user_object(row) for row in rows], total)
+    return paged_reply(params, show_users(idp, rows), total)
 
 
-def client_object(client: Client, secret="") -> ClientObject:
+def client_object(idp: Idp, client: Client, secret="") -> ClientObject:
     row = client.row
     return ClientObject(
         row.id, row.client_id, row.display_name, bool(row.is_active), iso(row.created_at), row.audience,
         row.client_type, client.grant_types, bool(row.may_introspect), bool(row.is_first_party),
         bool(row.allow_http_redirects), bool(row.allow_short_schemes),
-        row.access_token_signed_alg, row.id_token_signed_response_alg, sorted(client.scopes), secret or UNSET,
+        row.access_token_signed_alg, row.id_token_signed_response_alg, sorted(client.scopes),
+        iso(idp.store.last_token_at(row.client_id)), secret or UNSET,
     )
+
+
+def show_clients(idp: Idp, clients: list[Client]) -> list[ClientObject]:
+    return [client_object(idp, client) for client in clients]
 
 
 @ADMIN("GET", "/scopes/<id>/clients", guard=by_admin, spec=OWN, query=Paged, gives=list[ClientObject])
@@ -7061,27 +8403,30 @@ def admin_list_clients_with_scope(idp, claims, params):
     rows, total = idp.store.list_clients(
         scope_id=get_scope(idp, params.path["id"]).id, limit=params.query.limit, offset=params.query.offset
     )
-    return paged_reply(params, [client_object(get_client(idp, row.id)) for row in rows], total)
+    return paged_reply(params, show_clients(idp, [get_client(idp, row.id) for row in rows]), total)
 
 
 # -- clients --
 
 
 def rows_of_clients(idp: Idp, query) -> tuple[list, int]:
-    rows, total = idp.store.list_clients(query.q, query.sort, query.limit, query.offset)
+    rows, total = idp.store.list_clients(
+        query.q, query.sort, query.limit, query.offset, client_type=query.client_type, is_active=query.is_active,
+        grant_type=query.grant_type,
+    )
     return [get_client(idp, row.id) for row in rows], total
 
 
 @ADMIN("POST", "/clients", guard=by_admin, spec=OWN, takes=CreateClient, gives=ClientObject)
 def admin_create_client(idp, claims, params):
     """Register a client; only this answer shows a secret that was made for it."""
-    return client_object(*create_client(idp, params.caller, params.body))
+    return client_object(idp, *create_client(idp, params.caller, params.body))
 
 
 declare_resource(
     Resource(
-        "client", show=client_object, gives=ClientObject, query=ListClients, rows=rows_of_clients, get=get_client,
-        update=update_client, changes=UpdateClient, delete=delete_client,
+        "client", show=show_clients, gives=ClientObject, query=ListClients, rows=rows_of_clients, get=get_client,
+        update=update_client, changes=UpdateClient, delete=delete_client, proof_of_delete=always,
     ),
     "List the clients by display name, filtered by `q`, a page at a time.",
     "Return one client, by id or client_id.",
@@ -7098,6 +8443,15 @@ def admin_revoke_client(idp, claims, params):
     with idp.store.transaction(identity=True):
         revoke_client(idp, params.caller, get_client(idp, params.path["id"]).row, "client_revoked")
     return msg("Everything issued to the client is revoked.")
+
+
+@ADMIN("POST", "/clients/<id>/preview", guard=by_admin, spec=OWN, takes=PreviewTokens, gives=Preview)
+def admin_preview_tokens(idp, claims, params):
+    """Return the unsigned claims that a client would get for a user, or for itself, and why a scope would be left out.
+
+    `jti`, `sid`, `at_hash` and the times are examples, because no token exists.
+    """
+    return preview_tokens(idp, params.caller, params.path["id"], params.body)
 
 
 @ADMIN("POST", "/clients/secret", guard=by_admin, spec=OWN, takes=ChangeSecret, gives=Msg)
@@ -7161,7 +8515,7 @@ def declare_uris(path: str, kind: str, *sentences: str):
 
     for handler, verb, method, at, more, sentence in (
         (add, "add", "POST", all_, {"takes": Uri | AddUri, "gives": UriObject, "status": 201}, sentences[0]),
-        (list_, "list", "GET", all_, {"gives": list[UriObject]}, sentences[1]),
+        (list_, "list", "GET", all_, {"gives": list[UriObject], "versioned": True}, sentences[1]),
         (delete, "delete", "DELETE", f"{all_}/<record_id>", {"gives": Msg}, sentences[2]),
     ):
         handler.__name__ = f"admin_{verb}_{name if verb == 'list' else name.removesuffix('s')}"
@@ -7187,6 +8541,12 @@ declare_uris(
     "List the CORS origins of a client.",
     "Remove a CORS origin from a client.",
 )
+
+
+@ADMIN("POST", "/clients/<id>/uris/check", guard=by_admin, spec=OWN, takes=TryUri, gives=UriVerdict)
+def admin_try_uri(idp, claims, params):
+    """Tell whether a client could be given a URI, and if not, why; nothing is changed."""
+    return try_uri(idp, params.path["id"], params.body.kind, params.body.uri)
 
 
 # -- feature flags of clients --
@@ -7304,23 +8664,42 @@ def admin_delete_idp(idp, claims, params):
 # -- sessions and tokens --
 
 
-@ADMIN("GET", "/sessions", guard=by_admin, spec=OWN, query=ListSessions, gives=list[SessionObject])
+def session_details(session: ListedSession) -> SessionObject:
+    """Return a session as ADMIN shows it: with where its login came from, which no client learns."""
+    return session_object(
+        session, SessionDetails, session.sid, session.scope, session.ip_address, session.user_agent
+    )
+
+
+@ADMIN("GET", "/sessions", guard=by_admin, spec=OWN, query=ListSessions, gives=list[SessionDetails])
 def admin_list_sessions(idp, claims, params):
-    """List the sessions, newest first, filtered by user or client, a page at a time."""
+    """List the sessions, newest first, filtered by user, client, login, address or whether they live, page by page."""
     query = params.query
+    if query.after is not None and (query.offset or query.sort not in ("id", "-id")):
+        reject(after="takes the place of offset, in the order of ids only")
     user_id = get_user(idp, query.user_id).id if query.user_id else None
     client_id = get_client(idp, query.client_id).client_id if query.client_id else None
-    rows, total = idp.store.list_sessions(user_id, client_id, None, query.sort, query.limit, query.offset)
-    return paged_reply(params, [session_object(row) for row in rows], total)
+    rows, total = idp.store.list_sessions(
+        user_id, client_id, None, query.sort, query.limit, query.offset, query.living, idp.now(), query.after,
+        sid=query.sid, mad_use=query.mad_use, ip_address=query.ip_address,
+    )
+    return paged_reply(params, [session_details(row) for row in rows], total)
 
 
-@ADMIN("GET", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=SessionObject)
+@ADMIN("POST", "/sessions/revoke-all", guard=by_admin, spec=OWN, gives=Msg, proof=always)
+def admin_revoke_everything(idp, claims, params):
+    """End every session, login and token of everybody, on both ports, the caller's own among them."""
+    revoke_everything(idp, params.caller)
+    return msg("Everything issued is revoked; log in again.")
+
+
+@ADMIN("GET", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=SessionDetails)
 def admin_get_session(idp, claims, params):
     """Return one session, by the jti of its token."""
-    return session_object(get_session(idp, params.path["jti"]))
+    return session_details(get_session(idp, params.path["jti"]))
 
 
-@ADMIN("GET", "/sessions/user/<id>", guard=by_admin, spec=OWN, query=Paged, gives=list[SessionObject])
+@ADMIN("GET", "/sessions/user/<id>", guard=by_admin, spec=OWN, query=Paged, gives=list[SessionDetails])
 def admin_list_sessions_of_user(idp, claims, params):
     """List the sessions of a user, newest first, a page at a time."""
     user = idp.store.find_account(params.path["id"].lower()) or idp.store.find_account_by_name(fold(params.path["id"]))
@@ -7329,7 +8708,37 @@ def admin_list_sessions_of_user(idp, claims, params):
         if user
         else ([], 0)
     )
-    return paged_reply(params, [session_object(row) for row in rows], total)
+    return paged_reply(params, [session_details(row) for row in rows], total)
+
+
+@ADMIN(
+    "GET", "/browser-sessions", guard=by_admin, spec=OWN, query=ListBrowserSessions, gives=list[BrowserSessionObject]
+)
+def admin_list_browser_sessions(idp, claims, params):
+    """List the users who are logged in at a browser, the last used one first, a page at a time."""
+    query = params.query
+    user_id = get_user(idp, query.user_id).id if query.user_id else None
+    rows, total = idp.store.list_all_browser_sessions(
+        idp.now(), idp.options.session_idle_expiration, user_id, query.ip_address, query.limit, query.offset
+    )
+    shown = [
+        BrowserSessionObject(
+            row.id_sha256, row.user_id, row.username, row.amr.split(), iso(row.auth_time), iso(row.last_seen_at),
+            iso(row.expires_at), row.ip_address, row.user_agent,
+        )
+        for row in rows
+    ]
+    return paged_reply(params, shown, total)
+
+
+@ADMIN("DELETE", "/browser-sessions/<id>", guard=by_admin, spec=OWN, gives=Msg)
+def admin_end_browser_session(idp, claims, params):
+    """Log a browser out, and end every login at a client that began in it."""
+    found = idp.store.find_browser_session(params.path["id"].lower())
+    if found is None:
+        raise Problem("not_found")
+    end_browser_session(idp, params.caller, found.id_sha256, found.user_id)
+    return msg("Browser logged out.")
 
 
 @ADMIN("DELETE", "/sessions/<jti>", guard=by_admin, spec=OWN, gives=Revoked, option="enable_token_revocation")
@@ -7359,19 +8768,21 @@ def admin_revoke_token(idp, claims, params):
 
 @ADMIN("POST", "/introspect", guard=by_admin, spec=OWN, takes=TokenIn, media=(JSON, FORM), gives=dict)
 def admin_introspect(idp, claims, params):
-    """Return the claims and the state of an AUTH token, even an expired one, sent as form or JSON."""
+    """Return the claims and the state of a token of any kind, even an expired one, and why it is not active."""
     found = describe_token(idp, params.body.token)
     audit(idp, params.caller, "admin.auth.token.introspect", found["sub"], f"jti={found.get('jti', '')}")
     return found
 
 
 @ADMIN(
-    "GET", "/refresh-tokens", guard=by_admin, spec=OWN, query=Paged, gives=list[RefreshTokenObject],
+    "GET", "/refresh-tokens", guard=by_admin, spec=OWN, query=PagedById, gives=list[RefreshTokenObject],
     option="enable_token_refresh",
 )
 def admin_list_refresh_tokens(idp, claims, params):
     """List the refresh tokens, newest first, a page at a time, without the tokens themselves."""
-    rows, total = idp.store.list_refresh_tokens(limit=params.query.limit, offset=params.query.offset)
+    query = params.query
+    reject(after="takes the place of offset" if query.after is not None and query.offset else "")
+    rows, total = idp.store.list_refresh_tokens(limit=query.limit, offset=query.offset, after=query.after)
     return paged_reply(params, [refresh_token_object(row) for row in rows], total)
 
 
@@ -7426,12 +8837,17 @@ def audit_object(row: AuditRow) -> AuditObject:
     )
 
 
-def read_moment(value, member, default) -> int:
-    moment = default if value in (None, "") else read_time(value)
-    if moment is None:
-        reject(**{member: "must be an ISO 8601 date-time or Unix seconds"})
-    assert moment is not None
-    return moment
+def audit_filters(idp: Idp, query: ListAudit | ExportAudit) -> dict[str, Any]:
+    """Return the members of AuditFilter that a query names. A user who is gone is found by id."""
+    about = query.about
+    if about:
+        account = idp.store.find_account(about.lower()) or idp.store.find_account_by_name(fold(about))
+        about = account.id if account else about
+    return {
+        "action": query.action, "actor_id": query.userId or query.user_id, "target": query.target,
+        "since": read_moment(query.since, "since", 0), "until": read_moment(query.until, "until", FOREVER),
+        "result": query.result, "ip_address": query.ip_address, "request_id": query.request_id, "about": about or None,
+    }
 
 
 @ADMIN("GET", "/audit-logs", guard=by_admin, spec=OWN, query=ListAudit, gives=list[AuditObject])
@@ -7439,13 +8855,16 @@ def admin_list_audit(idp, claims, params):
     """List audit rows, newest first; with `after` the rows that follow it, oldest first."""
     query = params.query
     query.limit = query.limit if 0 <= query.limit <= 1000 else 1000
-    filters = (
-        query.userId or query.user_id, query.target, read_moment(query.since, "since", 0),
-        read_moment(query.until, "until", FOREVER),
-    )
-    found = idp.store.list_audit(query.action, query.limit, *filters, query.after, query.offset)
+    filters = audit_filters(idp, query)
+    found = idp.store.list_audit(limit=query.limit, after=query.after, offset=query.offset, **filters)
     rows = [audit_object(row) for row in found]
-    return rows if query.after is not None else paged_reply(params, rows, idp.store.count_audit(query.action, *filters))
+    return rows if query.after is not None else paged_reply(params, rows, idp.store.count_audit(**filters))
+
+
+@ADMIN("GET", "/audit-logs/actions", guard=by_admin, spec=OWN, gives=list[str])
+def admin_list_audit_actions(idp, claims, params):
+    """List the actions of which the audit log has rows."""
+    return idp.store.list_audit_actions()
 
 
 @ADMIN("GET", "/audit-logs/verify", guard=by_admin, spec="append-only audit log", gives=AuditVerdict)
@@ -7461,7 +8880,7 @@ def admin_verify_audit(idp, claims, params):
 def admin_export_audit(idp, claims, params):
     """Return the audit log as JSON lines, oldest first, from `after` on; X-Next-After if there is more."""
     query = params.query
-    rows = idp.store.list_audit(limit=query.limit, after=query.after)
+    rows = idp.store.list_audit(limit=query.limit, after=query.after, **audit_filters(idp, query))
     more = [("X-Next-After", str(rows[-1].seq))] if len(rows) == query.limit else []
     return Page(b"".join(ENCODE(audit_object(row)) + b"\n" for row in rows), "application/x-ndjson", headers=more)
 
@@ -7475,26 +8894,118 @@ def admin_get_audit(idp, claims, params):
     return audit_object(row)
 
 
-@ADMIN("POST", "/audit-logs/purge", guard=by_admin, spec=OWN, takes=PurgeAudit, gives=Msg)
+@ADMIN("POST", "/audit-logs/purge", guard=by_admin, spec=OWN, takes=PurgeAudit, gives=Msg, proof=always)
 def admin_purge_audit(idp, claims, params):
     """Delete the audit rows older than some days; the deletion is itself audited."""
     count = purge_audit_log(idp, params.caller, params.body.older_than_days, sleep)
     return msg(f"{count} rows purged.")
 
 
+# -- figures --
+
+
+def metrics_page(idp: Idp, params, client_names: bool) -> Page:
+    """Return the metrics in the text format of Prometheus, or as OpenMetrics if that is asked for."""
+    openmetrics = "application/openmetrics-text" in params.environ.get("HTTP_ACCEPT", "")
+    content = show_metrics(idp.counters.totals(), openmetrics, client_names)
+    return Page(content.encode(), OPENMETRICS if openmetrics else METRICS_TEXT)
+
+
+@AUTH(
+    "GET", "/metrics", guard=by_scraper, spec="OpenMetrics 1.0", gives=bytes, gives_media="text/plain",
+    option="metrics_on_auth",
+)
+def metrics(idp, caller, params):
+    """Return the metrics of all processes for Prometheus, without the names of clients."""
+    return metrics_page(idp, params, client_names=False)
+
+
+@ADMIN("GET", "/metrics", guard=by_scraper_or_admin, spec="OpenMetrics 1.0", gives=bytes, gives_media="text/plain")
+def admin_metrics(idp, caller, params):
+    """Return the metrics of all processes for Prometheus."""
+    if idp.machine:
+        idp.machine.measure(idp)
+    return metrics_page(idp, params, client_names=True)
+
+
+@ADMIN("GET", "/status/history", guard=by_admin, spec=OWN, query=ReadHistory, gives=HistoryObject)
+def admin_history(idp, claims, params):
+    """Return figures over time: how often each happened in each step, null where nobody counted."""
+    query = params.query
+    names = list(FIGURES) if query.series is None else query.series.split(",")
+    reject(
+        series="" if set(names) <= set(FIGURES) else f"must be some of {', '.join(FIGURES)}, separated by commas",
+        range="" if query.range in RANGES else f"must be one of {', '.join(RANGES)}",
+    )
+    begin, step, series = idp.history.read(idp.now(), query.range, names)
+    return HistoryObject(iso(begin), step, series)
+
+
+# -- keys --
+
+
+@ADMIN("GET", "/keys", guard=by_admin, spec="RFC 7517", gives=list[KeyObject])
+def admin_list_keys(idp, claims, params):
+    """List the keys of both rings: which signs, which waits, which retires, and until when."""
+    return idp.machine.list_keys(idp)
+
+
+@ADMIN("GET", "/keys/<kid>/impact", guard=by_admin, spec=OWN, gives=KeyImpact)
+def admin_key_impact(idp, claims, params):
+    """Tell what would end if a key were revoked."""
+    return idp.machine.key_impact(idp, params.path["kid"])
+
+
+@ADMIN("POST", "/keys/rotate", guard=by_admin, spec=OWN, takes=RotateKeys, gives=list[KeyObject], proof=always)
+def admin_rotate_keys(idp, claims, params):
+    """Publish a next key beside each that signs, or those of one ring or algorithm; it signs after `key-overlap`."""
+    with idp.hasher.gate.blocking():
+        return idp.machine.rotate_keys(idp, params.caller, params.body.ring, params.body.alg)
+
+
+@ADMIN("POST", "/keys/<kid>/revoke", guard=by_admin, spec=OWN, gives=Msg, proof=always)
+def admin_revoke_key(idp, claims, params):
+    """Revoke a stolen key: no token that it signed is valid any more, and where it signed a new one does."""
+    with idp.hasher.gate.blocking():
+        ring = idp.machine.revoke_key(idp, params.caller, params.path["kid"])
+    return msg(f"Key of {ring} revoked; caches forget it within 300 seconds.")
+
+
+# -- settings --
+
+
+@ADMIN("GET", "/options", guard=by_admin, spec=OWN, gives=list[OptionObject])
+def admin_list_options(idp, claims, params):
+    """List every setting with its value, origin, default and meaning; of secrets only whether they are set."""
+    shown = describe_options(idp.options)
+    return [
+        OptionObject(
+            option.name, shown[option.name]["value"], shown[option.name]["origin"],
+            show_value(option, option.default), option.group, option.help, option.secret, True,
+        )
+        for option in OPTIONS
+    ]
+
+
 # -- backup and description --
 
 
-@ADMIN("POST", "/backup", guard=by_admin, spec="online backup", takes=MakeBackup, gives=BackupObject)
+@ADMIN("POST", "/backup", guard=by_admin, spec="online backup", takes=MakeBackup, gives=BackupObject, proof=always)
 def admin_make_backup(idp, claims, params):
     """Write a backup to `backup-folder`, encrypted like the database, and verify it; 404 if none is set."""
     with idp.hasher.gate.blocking():
         return idp.machine.make_backup(idp, params.caller, params.body.without_keys)
 
 
+@ADMIN("GET", "/backup", guard=by_admin, spec="online backup", gives=list[ListedBackup])
+def admin_list_backups(idp, claims, params):
+    """List the backups in `backup-folder`, newest first."""
+    return idp.machine.list_backups(idp)
+
+
 @ADMIN(
     "GET", "/backup/<name>", guard=by_admin, spec="online backup", query=BackupPiece, gives=bytes,
-    gives_media="application/octet-stream",
+    gives_media="application/octet-stream", proof=of_first_piece,
 )
 def admin_read_backup(idp, claims, params):
     """Return a mebibyte of a backup, from `offset` on; X-Next-Offset if there is more."""
@@ -7502,7 +9013,7 @@ def admin_read_backup(idp, claims, params):
     return Page(piece, "application/octet-stream", headers=[("X-Next-Offset", str(following))] if following else [])
 
 
-@ADMIN("DELETE", "/backup/<name>", guard=by_admin, spec="online backup", gives=Msg)
+@ADMIN("DELETE", "/backup/<name>", guard=by_admin, spec="online backup", gives=Msg, proof=always)
 def admin_delete_backup(idp, claims, params):
     """Delete a backup from `backup-folder`."""
     idp.machine.delete_backup(idp, params.caller, params.path["name"])

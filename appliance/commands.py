@@ -7,34 +7,38 @@ import importlib
 import io
 import json
 import os
-import pwd
 import socket
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import msgspec
 import sqlcipher3
 
 from appliance.base import StartupError
-from appliance.base.files import existing_folder, read_stdin_secret, warn
+from appliance.base.files import check_folder, existing_folder, open_owned, read_stdin_secret, warn
 from appliance.base.settings import (
-    OPTIONS, Options, config_path, describe_options, load_options, parse_flags, take_secrets,
+    OPTIONS, Options, config_path, describe_options, load_options, parse_flags,
+    setup_variables, take_secrets,
 )
 from appliance.base.database import SQLITE_MAGIC, Unavailable, derive_key, read_database_key
-from appliance.base.store import Store
+from appliance.base.store import MIGRATIONS, Store
 from appliance.base.hashing import Hasher
 from appliance.base.keys import make_key
 from appliance.base.objects import iso
 from microauthd import (
-    AT_JWT, HERE, KeyRing, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, new_totp_seed, totp_time_step,
-    totp_uri,
+    AT_JWT, HERE, Idp, KeyRing, LOCAL, PUBLIC, Problem, VERSION, as_problem, common_passwords, fold, new_totp_seed,
+    totp_time_step, totp_uri,
 )
-from appliance.processes import check_limits, serve
+from appliance.processes import START_SECONDS, ask_ready, change_user, check_limits, find_server, serve
+from appliance.authority import describe_authority, describe_ports, keep_certificate, replace_authority
+from appliance.status import TRIAL_SUFFIX
 from appliance.recovery import (
-    accept_clock, accept_log, back_up, describe_keys, describe_log, factory_reset, hold_setup, recover_admin,
-    recover_setup, require_owner, restore, revoke_key, rotate_keys, set_up_demo,
+    accept_clock, accept_log, back_up, describe_keys, describe_log, describe_status, factory_reset, hold_setup,
+    journal_place, open_idp, recover_admin, recover_setup, require_owner, restore, revoke_key, rotate_keys,
+    set_up_demo,
 )
+from appliance.service import Layout, Request, install, installed_layout, python_of, uninstall
 from appliance.help import show_page, show_topics, topics, write
 
 # == Command line ==============================================================
@@ -72,6 +76,8 @@ class Command(msgspec.Struct, frozen=True):
     flags: tuple[Flag, ...] = ()
     examples: tuple[str, ...] = ()
     args: int = 0  # how many words that are no flags
+    statuses: str = ""  # what its exit statuses mean, where they are others than STATUSES says
+    failed: int = 1  # the exit status of a refusal
     is_local: bool = False  # works on the files of a box that is set up, beside a running server if need be
 
     @property
@@ -165,6 +171,10 @@ def run_setup(options: Options, line: CommandLine) -> int:
     if "--demo" in line.flags:
         set_up_demo(options, oobe.set_up)
         return 0
+    if oobe.is_for_web(options, line.flags, line.values):
+        from appliance import claim  # late: hardly any box is claimed
+
+        return claim.run(options, line.flags, line.values)
     return oobe.run(options, line.flags, line.values)
 
 
@@ -202,9 +212,11 @@ def run_restore(options: Options, line: CommandLine) -> int:
             is_plain = file.read(16) == SQLITE_MAGIC
     except OSError as error:
         raise StartupError(f"the backup {line.args[0]} cannot be read: {error.strerror}") from None
-    if not options.db_pass and not options.no_db_pass and not is_plain:
+    if not (options.db_pass or options.db_key_file or options.no_db_pass or is_plain):
         if not sys.stdin.isatty():
-            raise StartupError("the passphrase of the backup is needed: in MAD_DB_PASS, or on a terminal")
+            raise StartupError(
+                "the passphrase of the backup is needed, in MAD_DB_PASS or on a terminal, or its key by --db-key-file"
+            )
         options = dataclasses.replace(options, db_pass=ask_secret("passphrase of the backup: "))
     done = restore(options, line.args[0])
     print(
@@ -265,6 +277,49 @@ def run_keys(options: Options, line: CommandLine) -> int:
     return 0
 
 
+def show_certificates(options: Options, idp: Idp, as_json: bool):
+    """Print what the ports serve, and the CA of the box. Names that it lacks are named with the remedy."""
+    ports, (ca, missing) = describe_ports(options), describe_authority(options, idp.store)
+    if as_json:
+        print(json.dumps(msgspec.to_builtins({"ports": ports, "ca": ca, "missing": missing}), indent=1))
+        return
+    if not ports:
+        print("both ports speak plain HTTP; tls = self in mad.conf makes a certificate")
+    for shown in [*ports, *([ca] if ca else [])]:
+        print(f"{shown.use:7} {shown.file}")
+        if shown.problem:
+            print(f"        {shown.problem}")
+        if shown.sha256:
+            print(f"        SHA-256 {shown.sha256}\n        ends {iso(shown.not_after)}")
+            print(f"        {'may sign for' if shown is ca else 'for'} {', '.join(shown.names)}")
+    if missing:
+        print(
+            f"microauthd: {', '.join(missing)}: the box has this since its CA was made, which may not sign for it. "
+            "microauthd certificate new makes another CA; every client must then trust that",
+            file=sys.stderr,
+        )
+
+
+def run_certificate(options: Options, line: CommandLine) -> int:
+    action = line.args[0]
+    if action not in ("show", "renew", "new") or ("--json" in line.flags and action != "show"):
+        raise UsageError
+    idp = open_idp(options)
+    try:
+        if action != "show" and options.tls != "self":
+            raise StartupError("the box makes its own certificate only with tls = self")
+        if action == "new":
+            replace_authority(idp, LOCAL.acting_as("machine"))
+        elif action == "renew":
+            keep_certificate(idp, LOCAL.acting_as("machine"), renew=True)
+        show_certificates(options, idp, "--json" in line.flags)
+    finally:
+        idp.store.close()
+    if action != "show":
+        print("microauthd: a server that runs here serves it within ten seconds", file=sys.stderr)
+    return 0
+
+
 def run_clock(options: Options, line: CommandLine) -> int:
     if line.args[0] != "accept":
         raise UsageError
@@ -282,6 +337,45 @@ def run_log(options: Options, line: CommandLine) -> int:
         raise UsageError
     print("settled" if accept_log(options) else "nothing was to be settled")
     return 0
+
+
+def run_status(options: Options, line: CommandLine) -> int:
+    import mad  # late: it is not small, and only this command and its own need it
+
+    pid = find_server(options.db_file)
+    checks, local = ask_ready(options, pid) if pid else ({}, "")
+    status = describe_status(options, pid, checks, local)
+    if "--json" in line.flags:
+        print(msgspec.json.format(msgspec.json.encode(status), indent=1).decode())
+    else:
+        print("\n".join(mad.render_status(msgspec.to_builtins(status))))
+    # The Linux Standard Base gives an init script's `status` 3 for stopped and 4 for unknown.
+    return 3 if status.state == "stopped" else 1 if status.attention else 0
+
+
+def run_upgrade(line: CommandLine, environ: Mapping[str, str]) -> int:
+    """Replace the archive that this runs from. Root stays root here: the file is its own; see DataSide for the rest."""
+    from appliance import upgrade  # late: no server needs it
+
+    program = getattr(sys.modules["__main__"], "ARCHIVE", None)
+    if not program:
+        raise StartupError("this does not run from an archive, which is what upgrade replaces")
+    program = os.path.realpath(program)
+    archive = program.removesuffix(".previous")
+    check_folder(os.path.dirname(archive))
+    os.close(open_owned(archive))
+    wait = line.values.get("--wait", str(START_SECONDS))
+    if not (wait.isdigit() and 0 < int(wait) <= 86400):
+        raise UsageError("--wait takes a number of seconds")
+    settings = [f"--{name}={value}" for name, (value, _) in line.settings.items()]
+    work = upgrade.Upgrade(archive, program, settings, environ, int(wait))
+    return upgrade.upgrade(work, line.args[0], line.flags, line.values.get("--trusted-keys", ""))
+
+
+def run_upgrade_steps(options: Options, line: CommandLine) -> int:
+    from appliance import upgrade  # late: no server needs it
+
+    return upgrade.serve_steps(options)
 
 
 def run_admin(options: Options, line: CommandLine) -> int:
@@ -304,8 +398,10 @@ def run_admin(options: Options, line: CommandLine) -> int:
     return 0
 
 
-def first_start(options: Options):
-    """Set up on a terminal if there never was a database. Raises StartupError saying what to do otherwise."""
+def first_start(options: Options, line: CommandLine):
+    """Set up from the environment, or on a terminal, if there never was a database. Raises StartupError saying what to
+    do otherwise.
+    """
     keys = [
         path for path in (options.token_signing_key_file, options.admin_token_signing_key_file) if os.path.exists(path)
     ]
@@ -314,21 +410,40 @@ def first_start(options: Options):
             f"the database {options.db_file} is missing, but the signing key {keys[0]} is there: restore the "
             "database, or run setup --keep-keys to begin anew with these keys"
         )
-    if options.docker or not (sys.stdin.isatty() and sys.stderr.isatty()):
+    prefix = line.settings.get("env-var-prefix", ("MAD_",))[0]
+    if found := setup_variables(prefix, line.environ):
+        from appliance import oobe
+
+        status = oobe.run_from_environment(options, found, prefix)
+    elif options.docker or not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise StartupError(
             f"there is no database {options.db_file}: run microauthd setup on a terminal, or unattended with "
-            "--answers FILE"
+            f"--answers FILE; or set {prefix}SETUP_USERNAME, _EMAIL and _PASSWORD_FILE, or {prefix}SETUP_ANSWERS"
         )
-    if status := run_setup(options, CommandLine({}, [], [], {})):
+    else:
+        status = run_setup(options, CommandLine({}, [], ["--then-serve"], {}))
+    if status:
         raise SystemExit(status)
 
 
 def run_serve(options: Options, line: CommandLine) -> int:
+    if os.path.exists(options.db_file + TRIAL_SUFFIX):
+        from appliance import upgrade  # late: hardly any server needs it
+
+        upgrade.recover_upgrade(options)
     if not os.path.exists(options.db_file):
-        first_start(options)
+        first_start(options, line)
         options = load_options(line.settings, line.environ)
     return serve(options)
 
+
+SERVICE_FLAGS = (
+    Flag("--prefix", "where the program lies (/opt/microauthd)", "DIR"),
+    Flag("--user", "whom the server runs as (microauthd)", "NAME"),
+    Flag("--data", "where its data lies (/var/lib/microauthd)", "DIR"),
+    Flag("--root", "work on the file system of another machine, mounted here", "DIR"),
+    Flag("--yes", "do not ask"), Flag("--dry-run", "only print what would be done"),
+)
 
 AS_JSON = Flag("--json", "print JSON, for programs")
 
@@ -338,14 +453,16 @@ COMMANDS = {
         Command(
             "serve", "serve AUTH and ADMIN; the first start sets up (default)", run_serve,
             description="Serve AUTH and ADMIN until SIGTERM or Ctrl-C. Where there is no database yet, a start on a "
-            "terminal asks the questions of the set-up first. SIGHUP drops the caches.",
+            "terminal asks the questions of the set-up first. SIGHUP drops the caches and "
+            "reads the certificates of the ports again.",
             examples=("serve --config /etc/microauthd/mad.conf", "serve --auth-port 8443 --workers 2"),
         ),
         Command(
             "setup", "set up: on a terminal by questions, or --answers FILE, or --demo", run_setup,
             (
                 "[--quick | --guided] [--keep-keys]",
-                "--answers FILE [--admin-password-stdin | --admin-password-file FILE] [--keep-keys]", "--demo",
+                "--answers FILE [--admin-password-stdin | --admin-password-file FILE] [--keep-keys]",
+                "--first-start --answers FILE", "--web [--claim-code-file FILE]", "--demo",
             ),
             "Make the configuration, the database, the keys, the first administrator and the first client: all of it "
             "or nothing. A box that is set up already is left as it is.",
@@ -354,10 +471,13 @@ COMMANDS = {
                 Flag("--answers", "set up without questions, from this TOML file", "FILE"),
                 Flag("--admin-password-stdin", "read the administrator's password from standard input"),
                 Flag("--admin-password-file", "read the administrator's password from a file", "FILE"),
+                Flag("--web", "ask on a page of the network, for whoever has the claim code"),
+                Flag("--claim-code-file", "take the claim code from this file, instead of making one", "FILE"),
+                Flag("--first-start", "for a service: nothing where there is a database or no FILE; removes FILE"),
                 Flag("--keep-keys", "take over the keys that are there already; otherwise they are refused"),
                 Flag("--demo", "set up a trial: every secret is made and printed once"),
             ),
-            ("setup", "setup --answers answers.toml --admin-password-stdin < password", "setup --demo"),
+            ("setup", "setup --answers answers.toml --admin-password-stdin < password", "setup --web", "setup --demo"),
         ),
         Command("mad ...", "the operator's command line; see mad --help"),
         Command(
@@ -372,14 +492,51 @@ COMMANDS = {
             examples=("help", "help mad.conf", "help recipes | grep -A3 offline_access"),
         ),
         Command(
-            "version", "print the version", description="Print the name and the version of the program.",
-            examples=("version",),
+            "version", "print the version", usage=("[--json]",),
+            description="Print the name and the version of the program; as JSON also that of the database's schema.",
+            flags=(AS_JSON,), examples=("version", "version --json"),
         ),
         Command(
             "selftest", "check that everything the program needs works here",
             description="Use every part that a wrong machine or a damaged file could break: the encrypted database, "
             "Argon2id, signatures, the second factor and the bundled files. Nothing of the box is touched.",
             examples=("selftest",),
+        ),
+        Command(
+            "status", "how the box is, and what needs attention; the exit status tells it to scripts", run_status,
+            ("[--json]",),
+            "Print version, processes, ports, issuer, certificates, clock, last backup and disk, and below that what "
+            "needs attention, each with the command that helps. Nothing is changed. An administrator is told the same "
+            "by mad status and GET /status.",
+            (AS_JSON,), ("status", "status --json"), is_local=True, failed=4,
+            statuses="exit status: 0 well, 1 needs attention, 2 bad usage, 3 not running, 4 cannot be told",
+        ),
+        Command(
+            "install", "make it a service of this machine, or repair and upgrade that", usage=(
+                "[--answers FILE] [--sockets] [--prefix DIR] [--user NAME] [--data DIR] [--root DIR]",
+                "[--yes | --dry-run] ...",
+            ),
+            description="As root, copy the program, make its user, folders, commands, manual pages and units, and "
+            "start the service; each step is printed first. Without --answers the set-up asks its questions on the "
+            "terminal. To do it again repairs what is missing or changed; settings and data are left as they are.",
+            flags=(
+                Flag("--answers", "set up from this file at the first start of the service", "FILE"),
+                Flag("--sockets", "have systemd listen, also on ports below 1024, and keep connections in a restart"),
+                *SERVICE_FLAGS,
+            ),
+            examples=("install", "install --answers answers.toml --yes", "install --dry-run"),
+        ),
+        Command(
+            "uninstall", "take the service away; settings and data stay, but with --purge",
+            usage=("[--purge] [--prefix DIR] [--user NAME] [--data DIR] [--root DIR] [--yes] [--dry-run]",),
+            description="As root, stop the service and remove what install has made. Settings, data and user stay.",
+            flags=(Flag("--purge", "remove settings, data and user too"), *SERVICE_FLAGS), examples=("uninstall",),
+        ),
+        Command(
+            "licenses", "the licences of everything this file holds",
+            description="Print the licence of each package, library and script that is part of this file: a list, then "
+            "every text in full. A checkout has those of its own files only; the packages beside it carry theirs.",
+            examples=("licenses", "licenses | head -20"),
         ),
         Command(
             "backup FILE",
@@ -402,6 +559,30 @@ COMMANDS = {
             examples=("restore /media/stick/box.backup",), args=1, is_local=True,
         ),
         Command(
+            "upgrade FILE", "replace the program by a newer archive; goes back by itself if that does not become ready",
+            run_upgrade_steps,
+            (
+                "FILE [--unsigned | --trusted-keys KEYS] [--dry-run] [--yes] [--no-backup] [--wait SECONDS]",
+                "--at-data -",
+            ),
+            "Check the signature FILE.sig and the self-test of a newer archive, make a backup, replace the file that "
+            "this command runs from, and restart the server. If the new release does not become ready, the old file "
+            "and the database as it was at the restart are put back. Nobody's login ends, and nothing that was "
+            "answered is lost: until it is ready, the new release answers 503. After an interruption the next call "
+            "finishes, or goes back.",
+            (
+                Flag("--unsigned", "do without a signature"),
+                Flag("--trusted-keys", "the public keys to trust, instead of /etc/microauthd/trusted-keys", "KEYS"),
+                Flag("--dry-run", "check, say what would be done, and change nothing"),
+                Flag("--yes", "do not ask"),
+                Flag("--no-backup", "make no backup first"),
+                Flag("--wait", f"how long the new release may take to be ready [{START_SECONDS}]", "SECONDS"),
+                Flag("--at-data", "used by the command itself: do its work on the data"),
+            ),
+            ("upgrade microauthd-1.1.pyz --dry-run", "sudo microauthd upgrade microauthd-1.1.pyz --yes"), args=1,
+            statuses="exit status: 0 done, 1 refused and nothing changed, 2 bad usage, 3 went back, 4 look at it",
+        ),
+        Command(
             "factory-reset", "overwrite and remove database and keys (--yes does not ask)", run_factory_reset,
             ("[--yes]",),
             "Overwrite and remove the database and the keys. The configuration and the backups stay; the next start "
@@ -420,6 +601,16 @@ COMMANDS = {
                 Flag("--kid", "the key to revoke", "KID"),
             ),
             ("keys list", "keys rotate --ring auth", "keys revoke --kid KID"), args=1, is_local=True,
+        ),
+        Command(
+            "certificate show",
+            "what the ports serve, and the box's own CA: file, fingerprint, names, end; certificate renew; certificate "
+            "new",
+            run_certificate, ("show [--json]", "renew", "new"),
+            "Show the certificates of the ports and, with tls = self, the CA of the box. renew makes another "
+            "certificate at once, as after its key was read by somebody. new makes another CA, for the names and "
+            "addresses that the box has now: every client must then trust its root, ca.pem, instead of the one before.",
+            (AS_JSON,), ("certificate show", "certificate new"), args=1, is_local=True,
         ),
         Command(
             "admin recover",
@@ -510,8 +701,20 @@ def command_help(command: Command) -> str:
         lines += ["", *describe_settings()]
     elif command.run:
         lines += ["", "It also takes the options of the server, such as --config FILE: see microauthd help mad.conf."]
-    lines += ["", "examples:", *(example_of(words) for words in command.examples), "", STATUSES, ""]
+    lines += ["", "examples:", *(example_of(words) for words in command.examples), ""]
+    lines += [command.statuses or STATUSES, ""]
     return "\n".join(lines)
+
+
+def show_version(args: list[str]) -> int:
+    """Print the version; as JSON also that of the database's schema, by which an upgrade knows an older release."""
+    if args == ["--json"]:
+        print(json.dumps({"name": "microauthd", "version": VERSION, "schema": len(MIGRATIONS)}))
+    elif args:
+        raise UsageError(f"{args[0]!r} is not understood; see microauthd version --help")
+    else:
+        print(f"microauthd {VERSION}")
+    return 0
 
 
 def show_help(args: list[str]) -> int:
@@ -525,6 +728,39 @@ def show_help(args: list[str]) -> int:
         raise UsageError(f"the manual has no page {args[0]!r}; its pages are: {', '.join(topics())}")
     show_page(args[0])
     return 0
+
+
+# -- the service --
+
+
+def run_service(name: str, line: CommandLine) -> int:
+    """Install the service, or take it away. Neither is of a box here, so no settings are loaded."""
+    if line.settings:
+        raise UsageError(f"{name} takes no options of the server: they belong into /etc/microauthd/mad.conf")
+    root = os.path.abspath(line.values.get("--root", "/"))
+    layout = installed_layout(root) or Layout(root=root)
+    given = {flag[2:]: value for flag, value in line.values.items() if flag in ("--prefix", "--user", "--data")}
+    layout = msgspec.structs.replace(layout, **given)
+    if name == "install":
+        sockets = layout.sockets or "--sockets" in line.flags
+        layout = msgspec.structs.replace(layout, sockets=sockets, python=python_of(root))
+    request = Request(
+        layout, line.values.get("--answers", ""), *(flag in line.flags for flag in ("--yes", "--dry-run", "--purge"))
+    )
+    commands = {command.name: [*(flag.name for flag in command.flags), "--help"] for command in COMMANDS.values()}
+    commands["serve"] += [f"--{option.name}" for option in OPTIONS if not option.secret]
+    archive = getattr(sys.modules["__main__"], "ARCHIVE", "")  # of the archive's own start
+    archive = os.path.abspath(archive) if archive else ""
+    return install(request, archive, commands) if name == "install" else uninstall(request, commands)
+
+
+def show_licenses(args: list[str]):
+    """Print the licences that build/pyz.py collected, or in a checkout those of what lies in it."""
+    if args:
+        raise UsageError(f"{args[0]!r} is not understood; see microauthd licenses --help")
+    collected = HERE / "appliance" / "LICENSES"
+    path = collected if collected.exists() else HERE / "appliance" / "NOTICE"
+    write(path.read_text("utf-8"))
 
 
 # -- secrets in the environment --
@@ -565,22 +801,8 @@ def take_environment(settings: dict) -> dict[str, str]:
 
 LATE_MODULES = (  # what this program and the standard library import late
     "difflib", "encodings.idna", "getpass", "pyotp", "segno", "subprocess", "tempfile", "termios", "tomllib",
-    "appliance.oobe",
+    "appliance.oobe", "appliance.upgrade",
 )
-
-
-def change_user(uid: int, gid: int) -> tuple[str, str]:
-    """Become another user for good, as root. Return its name and home folder, "" if it has none. Raises OSError."""
-    name, home = str(uid), ""
-    try:
-        found = pwd.getpwuid(uid)
-        name, home, gid = found.pw_name, found.pw_dir, found.pw_gid
-        os.initgroups(name, gid)
-    except KeyError:
-        os.setgroups([])
-    os.setgid(gid)
-    os.setuid(uid)  # last: without root's rights the others would fail
-    return name, home
 
 
 def start_anew(environ: dict[str, str]):
@@ -619,8 +841,12 @@ def become_owner(path: str, environ: dict[str, str]):
     if not home or not os.access(home, os.W_OK | os.X_OK):
         home = folder
     changes = {"HOME": home, "USER": name, "LOGNAME": name}
+    can_run_this = os.access(HERE / "appliance", os.R_OK | os.X_OK)
     for variable in ("MICROAUTHD_CACHE", "CACHE_DIRECTORY"):
-        if not os.access(environ.get(variable, ""), os.R_OK | os.W_OK | os.X_OK):
+        folder = environ.get(variable, "")
+        # That of an installed service is root's, and its program is there for every user to read.
+        holds_this = can_run_this and bool(folder) and HERE.is_relative_to(os.path.realpath(folder))
+        if not holds_this and not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
             environ.pop(variable, None)  # it is root's
     start_anew(environ | changes)
     if not os.access(HERE / "appliance", os.R_OK | os.X_OK):
@@ -628,10 +854,15 @@ def become_owner(path: str, environ: dict[str, str]):
     os.environ.update(changes)
 
 
-def become_user(line: CommandLine, config: str):
-    """As root, go on as the user whose folder the config file lies in, or else the database. See become_owner()."""
+def become_user(name: str, line: CommandLine, config: str):
+    """As root, go on as the user whose folder the config file lies in, or else the database. See become_owner().
+
+    A set-up goes on as root, which may write a config file of root's: see oobe.set_up().
+    """
     if not os.geteuid():
         become_owner(config, line.environ)
+        if name == "setup":
+            return
         if os.path.exists(config) and not os.path.isfile(config):
             return  # a pipe of the shell, which is read once
         settings = line.settings | {"config-may-be-missing": ("", "")}
@@ -665,13 +896,13 @@ def read_command_line(command: Command, argv: list[str]) -> CommandLine:
     return CommandLine(settings, args, flags, values)
 
 
-def run_local(name: str, work: Callable[[], int], options: Options, config: str) -> int:
+def run_local(name: str, work: Callable[[], int], options: Options) -> int:
     """Run a command that works on the files of a box, as their owner and beside no other that would disturb it."""
     try:
         require_owner(options)
         if name == "restore":  # takes the lock itself, against all others
             return work()
-        with hold_setup(config, shared=name != "factory-reset"):
+        with hold_setup(journal_place(options), shared=name != "factory-reset"):
             return work()
     except OSError as error:
         raise StartupError(f"{error.filename or options.db_file}: {error.strerror}") from None
@@ -688,24 +919,30 @@ def run(name: str, argv: list[str]) -> int:
     if name == "help":
         return show_help(argv)
     if name == "version":
-        print(f"microauthd {VERSION}")
+        return show_version(argv)
+    if name == "licenses":
+        show_licenses(argv)
         return 0
     line = read_command_line(command, argv)
     if name == "selftest":
         return selftest()
+    if name in ("install", "uninstall"):
+        return run_service(name, line)
     if "print-effective-config" in line.settings:
         command = COMMANDS["options"]
     if name in ("setup", "restore"):
         line.settings["config-may-be-missing"] = True
+    if name == "upgrade" and "--at-data" not in line.flags:
+        return run_upgrade(line, os.environ)
     line.environ = take_environment(line.settings)
     config = config_path(line.settings, line.environ)
-    become_user(line, config)
+    become_user(name, line, config)
     recover_setup(config, line.settings, line.environ)
     options = load_options(line.settings, line.environ)
     assert command.run
     work = functools.partial(command.run, options, line)
     try:
-        return run_local(name, work, options, config) if command.is_local else work()
+        return run_local(name, work, options) if command.is_local else work()
     except UsageError:
         raise UsageError(" | ".join(f"{name} {words}" for words in command.usage)) from None
 
@@ -766,13 +1003,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except StartupError as refusal:
         print(f"microauthd: {refusal}", file=sys.stderr)
-        return 1
+        return COMMANDS[name].failed
     except (Problem, Unavailable) as error:
         problem = as_problem(error)
         print(f"microauthd: {problem.log or problem.message}", file=sys.stderr)
         for member, wrong in (problem.errors or {}).items():
             print(f"microauthd: {member} {wrong}", file=sys.stderr)
-        return 1
+        return COMMANDS[name].failed
     except KeyboardInterrupt:
         return 130
 

@@ -90,3 +90,96 @@ def show_page(topic: str):
         pydoc.pager(text)
     else:
         write(text)
+
+
+# == Pages for man =============================================================
+# The same Markdown as roff. man(7), groff_man(7)
+
+
+ROFF = str.maketrans({"\\": "\\e", "-": "\\-", "'": "\\(aq", "^": "\\(ha", "~": "\\(ti", "`": "\\(ga"})
+
+
+def roff_text(text: str) -> str:
+    """Return a line of Markdown as roff: code and bold in bold, links as their text."""
+    text = re.sub(r"\[([^\]]+)\]\([^)]*\)", r"\1", text)
+    parts = []
+    for number, part in enumerate(text.split("`")):
+        part = part.replace("\\|", "|") if number % 2 else re.sub(r"\\([|*_])", r"\1", part)
+        part = part.translate(ROFF)
+        if number % 2:
+            part = f"\\fB{part}\\fR"
+        else:
+            part = re.sub(r"\*\*(.+?)\*\*", r"\\fB\1\\fR", part)
+            part = re.sub(r"(?<!\w)\*(\S.*?)\*(?!\w)", r"\\fI\1\\fR", part)
+        parts.append(part)
+    line = "".join(parts)
+    return "\\&" + line if line[:1] in (".", "\\") and not line.startswith("\\f") else line
+
+
+def roff_line(line: str) -> list[str]:
+    if line.startswith("|"):
+        if not line.strip("|- "):
+            return []
+        *cells, last = (cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip()[1:-1]))
+        return [".TP", roff_text("  ".join(filter(None, cells))) or "\\&", roff_text(last) or "\\&"]
+    if line.startswith("## "):
+        return [".SH " + roff_text(line[3:].upper())]
+    if line.startswith("#"):
+        return [".SS " + roff_text(line.lstrip("# "))]
+    if line.startswith(("* ", "- ")):
+        return [".IP \\(bu 2", roff_text(line[2:])]
+    if line.startswith("    "):
+        return [".EX", "\\&" + line.replace("\\", "\\e").replace("-", "\\-"), ".EE"]
+    return [roff_text(line)] if line.strip() else [".PP"]
+
+
+def manual_page(topic: str, section: int) -> str:
+    """Return a page of the manual for man(1)."""
+    page = (MANUAL / f"{topic}.md").read_text("utf-8")
+    page = re.sub(r"<!--.*?-->\n", "", page, flags=re.S)
+    page = re.sub(r"^\|.*\|\n(?=\|[ |-]+\|$)", "", page, flags=re.M)  # the heads of tables
+    first, _, page = page.partition("\n")
+    title = TITLE.fullmatch(first)
+    told = roff_text(title[2] if title else topic)
+    lines = [f'.TH {topic.upper()} {section} "" microauthd', ".SH NAME", f"{topic} \\- {told}", ".SH DESCRIPTION"]
+    for number, part in enumerate(re.split(r"^```.*\n", page, flags=re.M)):
+        if number % 2:  # between two fences
+            code = ["\\&" + line.replace("\\", "\\e").replace("-", "\\-") for line in part.splitlines()]
+            lines += [".PP", ".EX", *code, ".EE", ".PP"]
+        else:
+            for line in CONTINUED.sub(" ", part).splitlines():
+                lines += roff_line(line)
+    text = "\n".join(lines) + "\n"
+    text = text.replace(".EE\n.EX\n", "")
+    return re.sub(r"[^\n -~]", lambda found: f"\\[u{ord(found[0]):04X}]", text)  # whatever the locale is
+
+
+# == Completion ================================================================
+
+
+def completion_script(shell: str, commands: dict[str, list[str]]) -> str:
+    """Return the script that completes the commands of microauthd and the flags of each: {command: its flags}."""
+    cases = {"": [*commands, "--help", "--version"], **commands}
+    if shell == "bash":
+        lines = [f"    '{name}') words='{' '.join(words)}' ;;" for name, words in cases.items()]
+        return "\n".join([
+            "# completion of microauthd for bash", "_microauthd() {", "  local words= start=",
+            "  [ \"$COMP_CWORD\" -gt 1 ] && start=${COMP_WORDS[1]}", "  case \"$start\" in", *lines, "  esac",
+            "  COMPREPLY=($(compgen -W \"$words\" -- \"${COMP_WORDS[COMP_CWORD]}\"))", "}",
+            "complete -o default -F _microauthd microauthd",
+        ])  # fmt: skip
+    if shell == "zsh":
+        lines = [f"    '{name}') found=({' '.join(words)}) ;;" for name, words in cases.items()]
+        return "\n".join([
+            "#compdef microauthd", "_microauthd() {", "  local start=", "  local -a found",
+            "  (( CURRENT > 2 )) && start=$words[2]", "  case \"$start\" in", *lines, "  esac",
+            "  compadd -- $found || _files", "}", "_microauthd \"$@\"",
+        ])  # fmt: skip
+    lines = ["# completion of microauthd for fish", "complete -c microauthd -f"]
+    lines.append(f"complete -c microauthd -n __fish_use_subcommand -a '{' '.join(commands)}'")
+    for name, words in commands.items():
+        lines += [
+            f"complete -c microauthd -n '__fish_seen_subcommand_from {name}' -l {word[2:]}"
+            for word in words if word.startswith("--")
+        ]  # fmt: skip
+    return "\n".join(lines)

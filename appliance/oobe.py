@@ -11,10 +11,13 @@ has 256 bits, and where it asks before plain HTTP is served to other hosts.
 import collections
 import contextlib
 import dataclasses
+import functools
 import io
 import ipaddress
 import os
 import re
+import secrets
+import shlex
 import shutil
 import stat
 import sys
@@ -31,12 +34,21 @@ import sqlcipher3
 import microauthd
 from appliance import recovery
 from appliance.base import StartupError
-from appliance.base.files import check_folder, existing_folder, read_secret_file, read_stdin_secret
-from appliance.base.settings import OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, networks, whole
+from appliance.base.files import (
+    Identity, check_folder, existing_folder, read_secret_file, read_stdin_secret, sync_directory, write_durably,
+)
+from appliance.base.pages import Pages, draw_qr
+from appliance.base.settings import (
+    OPTIONS, OPTION_NAMES, boolean, check_options, did_you_mean, host_names, issuer_obstacle, networks, whole,
+)
+from appliance.authority import (
+    CertificateFile, describe_root, forbid_found_ca, ipv4_addresses, ipv6_addresses, machine_names, proposed_name,
+)
 from appliance.base.store import SEEDED_SCOPES
-from appliance.base.wire import tls_context
+from appliance.processes import run_as
+from appliance.base.tls import tls_context
 from appliance.recovery import (
-    Answers, FirstClient, STATE_FILES, check_clients, forbid_found_keys, forbid_second_setup, journal_of,
+    Answers, FirstClient, MadeClient, STATE_FILES, check_clients, forbid_found_keys, forbid_second_setup, journal_of, journal_place,
 )
 
 # A function of their own asks for these, not ask_option().
@@ -55,7 +67,7 @@ def listener_options(server):
 # The options of the guided path, before and after the questions about the first client.
 BEFORE_CLIENT = (
     "log-file", "totp-qr-output-root", "enable-audit-logging", "audit-log-retention-days",
-    *listener_options("auth"), *listener_options("admin"),
+    "tls", *listener_options("auth"), *listener_options("admin"),
     "argon2id-time", "argon2id-memory", "argon2id-parallelism", "argon2id-hash-length", "argon2id-salt-length",
     "token-signing-key-file", "prefer-ec-token-signer", "token-signing-key-length-rsa", "token-signing-key-pass",
     "admin-token-signing-key-file", "prefer-ec-admin-token-signer", "admin-token-signing-key-length-rsa",
@@ -84,19 +96,30 @@ EXTRA_QUESTIONS = {
     "admin-insecure-http": "Plain HTTP on {ip}: tokens and passwords travel in clear. Allow it?",
 }
 
+
+def speaks_tls(draft, server):
+    return bool(draft["tls"] or draft[f"{server}-ssl-cert-file"])
+
+
+def is_for_others(draft, server):
+    return not ipaddress.ip_address(draft[f"{server}-ip"]).is_loopback
+
+
 def is_exposed(draft, server):
     """Whether the server would speak plain HTTP on an address that other hosts can reach."""
-    return not draft[f"{server}-ssl-cert-file"] and not ipaddress.ip_address(draft[f"{server}-ip"]).is_loopback
+    return not speaks_tls(draft, server) and is_for_others(draft, server)
 
 
 # Conditions for asking. An option that is not asked for keeps its value, in case its feature is enabled later.
 CONDITIONS = {
+    "auth-ssl-cert-file": lambda draft: not draft["tls"],
+    "admin-ssl-cert-file": lambda draft: not draft["tls"],
     "auth-ssl-key-file": lambda draft: draft["auth-ssl-cert-file"],
     "admin-ssl-key-file": lambda draft: draft["admin-ssl-cert-file"],
     "auth-ssl-cert-pass": lambda draft: draft["auth-ssl-cert-file"],
     "admin-ssl-cert-pass": lambda draft: draft["admin-ssl-cert-file"],
-    "auth-domain-no-ssl": lambda draft: not draft["auth-ssl-cert-file"],
-    "admin-domain-no-ssl": lambda draft: not draft["admin-ssl-cert-file"],
+    "auth-domain-no-ssl": lambda draft: not speaks_tls(draft, "auth"),
+    "admin-domain-no-ssl": lambda draft: not speaks_tls(draft, "admin"),
     "auth-insecure-http": lambda draft: is_exposed(draft, "auth"),
     "admin-insecure-http": lambda draft: is_exposed(draft, "admin"),
     "audit-log-retention-days": lambda draft: draft["enable-audit-logging"],
@@ -117,11 +140,28 @@ ADVISED_RANGES = {
 }
 
 
+# What the set-up proposes, on every path, where neither the config file nor anybody says otherwise.
+PROPOSED = {"enable-token-refresh": True}
+
+
 class InputEnded(Exception):
     """The input ended before the last question."""
 
 
+class StepBack(Exception):
+    """The question before is to be asked again."""
+
+
+class StartOver(Exception):
+    """The review was not agreed to: all questions are to be asked again, with the answers as proposals."""
+
+
 # == Draft =====================================================================
+
+
+def setup_words(pages, language):
+    """Return the words of the set-up in a language; English fills in what is missing."""
+    return pages.texts["en"]["setup"] | pages.texts[language].get("setup", {})
 
 
 class Draft:
@@ -131,7 +171,16 @@ class Draft:
         self.options, self.chosen, self.config = options, {}, options.config_file
 
     def __getitem__(self, name):
-        return self.chosen.get(name, getattr(self.options, OPTION_NAMES[name].attribute))
+        if name in self.chosen:
+            return self.chosen[name]
+        if name in PROPOSED and name not in self.options.origins:
+            return PROPOSED[name]
+        return getattr(self.options, OPTION_NAMES[name].attribute)
+
+    @functools.cached_property
+    def words(self):
+        """The words of the quick questions, which the page has too."""
+        return setup_words(Pages(self.options), "en")
 
     def overriding_origin(self, name):
         """Return the credential, environment variable or flag that takes precedence over the config file, or ""."""
@@ -161,22 +210,29 @@ class Draft:
 
     def complete(self):
         """Return the Options to write: the answers, and derived values that make the server usable at once."""
-        derived: dict[str, bool | str] = {}
         origins = self.options.origins | self.chosen
-        if "enable-token-refresh" not in origins:
-            derived["enable-token-refresh"] = True
-        # The issuer follows from auth-domain, which has no port; on localhost no proxy hides the port.
+        derived: dict[str, bool | str] = {name: value for name, value in PROPOSED.items() if name not in origins}
+        # The issuer follows from auth-domain, which has no port; no proxy hides the port on localhost, nor where the
+        # box itself is reached over TLS.
+        is_reached = self["auth-domain"] == "localhost" or (speaks_tls(self, "auth") and is_for_others(self, "auth"))
         if (
             not self["oidc-issuer"]
-            and self["auth-domain"] == "localhost"
+            and is_reached
+            and not re.search(":[0-9]+$", self["auth-domain"])
             and self.chosen.get("auth-domain-no-ssl", True)
         ):
-            derived["oidc-issuer"] = (
-                f"{'https' if self['auth-ssl-cert-file'] else 'http'}://localhost:{self['auth-port']}"
+            scheme, port = ("https", 443) if speaks_tls(self, "auth") else ("http", 80)
+            derived["oidc-issuer"] = f"{scheme}://{self['auth-domain']}" + (
+                "" if self["auth-port"] == port else f":{self['auth-port']}"  # RFC 3986 §6.2.3
             )
-        if not self["admin-ssl-cert-file"] and "admin-domain-no-ssl" not in origins:
+            if scheme == "http" and "auth-domain-no-ssl" not in origins:
+                derived["auth-domain-no-ssl"] = True
+        if not speaks_tls(self, "admin") and "admin-domain-no-ssl" not in origins:
             derived["admin-domain-no-ssl"] = True
-        return self.resolve({name: value for name, value in derived.items() if not self.overriding_origin(name)})
+        options = self.resolve({name: value for name, value in derived.items() if not self.overriding_origin(name)})
+        if problem := issuer_obstacle(options):
+            raise StartupError(problem)
+        return options
 
 
 # == Checks ====================================================================
@@ -244,6 +300,32 @@ def check_creatable(path):
         raise ValueError(f"nothing can be written in {folder}")
 
 
+def check_ca(draft):
+    """Raise ValueError if a CA of the box would replace files that are there."""
+    try:
+        forbid_found_ca(dataclasses.replace(draft.options, db_file=draft["db-file"]))
+    except StartupError as refusal:
+        raise ValueError(str(refusal)) from None
+
+
+def obstacle_of(draft, domain):
+    """Return what issuer_obstacle() says where the issuer is made of this domain."""
+    options = dataclasses.replace(
+        draft.options, auth_domain=domain, auth_ip=draft["auth-ip"], oidc_issuer=draft["oidc-issuer"]
+    )
+    return issuer_obstacle(options)
+
+
+def check_related(draft, name, value):
+    """Raise ValueError if a value contradicts what was answered before."""
+    if name == "admin-port" and (draft["auth-ip"], draft["auth-port"]) == (draft["admin-ip"], value):
+        raise ValueError("AUTH listens on this address and port already")
+    if name == "argon2id-parallelism" and draft["argon2id-memory"] < 8 * value:
+        raise ValueError("argon2id-memory must be at least eight times this")
+    if name == "tls" and value:
+        check_ca(draft)
+
+
 def check_option(draft, name, is_interactive=True):
     """Return a check that parses an option, compares it with related options, and puts it into the draft.
 
@@ -267,24 +349,106 @@ def check_option(draft, name, is_interactive=True):
             if os.path.abspath(value) in map(os.path.abspath, others):
                 raise ValueError("config, keys and database must be different files")
             check_creatable(value)
+            # By whom it will be made: see set_up().
+            owner = recovery.database_owner(value if name == "db-file" else draft["db-file"])
             try:
-                check_folder(existing_folder(value))
+                check_folder(existing_folder(value), Identity(owner[0], frozenset(owner[1:])) if owner else None)
             except StartupError as refusal:
                 raise ValueError(str(refusal)) from None
         if name == "log-file" and value:
             check_creatable(value)
         if name == "db-file" and os.path.lexists(value):
             raise ValueError(f"{value} is there already")
-        if name == "admin-port" and (draft["auth-ip"], draft["auth-port"]) == (draft["admin-ip"], value):
-            raise ValueError("AUTH listens on this address and port already")
-        if name == "argon2id-parallelism" and draft["argon2id-memory"] < 8 * value:
-            raise ValueError("argon2id-memory must be at least eight times this")
+        check_related(draft, name, value)
+        if name == "auth-domain" and is_interactive and (problem := obstacle_of(draft, value)):
+            raise ValueError(problem)
         if is_interactive and name.endswith("-ssl-cert-file") and value and not os.path.isfile(value):
             raise ValueError(f"there is no file {value}")
         draft.choose(name, value)
         return value
 
     return check
+
+
+# == Quick questions ===========================================================
+# What the wizard's quick path and the page of claim.py ask alike: one check for each, and its words in appliance/pages.
+
+
+class QuickAnswers(msgspec.Struct):
+    """The answers to quick questions that are no options."""
+
+    username: str = "admin"
+    email: str = ""
+    password: str = ""
+    client_id: str = ""
+    audience: str = ""
+    scopes: list[str] = []
+
+
+def address_for_others():
+    """Return the address to listen at for the network: `::` takes IPv4 too, where this machine has any IPv6."""
+    return "::" if ipv6_addresses() else "0.0.0.0"  # noqa: S104 - somebody chose the network
+
+
+def use_network(draft, server):
+    """Have a port listen for the network, unless it does already. Raises ValueError: see Draft.check_effective()."""
+    if not is_for_others(draft, server):
+        draft.choose(f"{server}-ip", address_for_others())
+
+
+def use_itself(draft):
+    for server in ("auth", "admin"):
+        if is_for_others(draft, server):
+            draft.choose(f"{server}-ip", "127.0.0.1")
+
+
+def use_own_certificate(draft):
+    check_ca(draft)
+    draft.choose("tls", "self")
+
+
+def choose_name(draft, answer, servers=("auth", "admin")):
+    """Take the name by which others reach the box; the one of ADMIN has no port, for its own follows."""
+    host = microauthd.host_without_port(answer.strip())
+    if not host or microauthd.is_loopback_host(host.strip("[]")):
+        raise ValueError(f"{host or 'it'} is itself for each of them: give a name by which they reach this one")
+    name = check_option(draft, "auth-domain")(answer)
+    if "admin" in servers:
+        check_option(draft, "admin-domain")(re.sub(":[0-9]+$", "", name))
+    return name
+
+
+def choose_passphrase(draft, answer, make):
+    """Take the passphrase of the database. Empty makes one by `make()`; the word none keeps it unencrypted."""
+    if answer.strip().lower() == "none":
+        draft.choose("no-db-pass", True)
+        return
+    passphrase = check_passphrase(answer) or make()
+    draft.check_effective("db-pass", passphrase)
+    draft.choose("db-pass", passphrase)
+
+
+def passphrase_origin(draft):
+    """Return the option that says already how the database is kept, or ""."""
+    return next((name for name in ("db-pass", "db-key-file", "no-db-pass") if draft[name]), "")
+
+
+def check_password(draft, quick):
+    return check_by_rule(
+        lambda answer: microauthd.check_new_password(draft.options, answer, quick.username, quick.email), "password", str
+    )
+
+
+def first_client(draft, quick):
+    """Return the client of quick answers, or None."""
+    if not quick.client_id:
+        return None
+    secret = draft["oidc-client-secret"]
+    return FirstClient(quick.client_id, secret, quick.audience or quick.client_id, quick.scopes)
+
+
+def new_passphrase():
+    return secrets.token_urlsafe(24)  # 192 bits
 
 
 # == Prompts ===================================================================
@@ -307,79 +471,188 @@ def terminal_echo(enabled):
 
 
 class Prompter:
-    """Asks questions on a terminal, without colours and with characters that a serial console has."""
+    """Asks questions, and remembers the answers: to step back, or to ask all of them again as proposals.
+
+    To step back is to begin again and to give the same answers but the last, without a word. So every question must
+    follow from the options and the answers before it; what was made at random meanwhile is kept by keep().
+    """
+
+    introduction = ""
+    BACK = "<"
 
     def __init__(self):
-        from prompt_toolkit.output.color_depth import ColorDepth
-        from prompt_toolkit.styles import Style
+        self.taken: list[tuple[str, str]] = []  # questions and accepted answers, in their order
+        self.replayed: list[tuple[str, str]] = []  # those still to be given again
+        self.earlier: dict[str, str] = {}  # the answers before the review was refused
+        self.waiting: list[str] = []  # lines for the question that follows the replayed ones
+        self.kept: dict[str, str] = {}
+        self.files: list[str] = []  # to be removed when the set-up ends
 
-        os.environ["PROMPT_TOOLKIT_COLOR_DEPTH"] = ColorDepth.DEPTH_1_BIT.value
-        self.style = Style([(name, "noinherit") for name in ("qmark", "question", "answer", "instruction")])
-
-    introduction = "Enter takes what stands there already."
+    def read(self, question, default="", hidden=False):
+        """Return one answer as it was typed. Raises KeyboardInterrupt or InputEnded."""
+        raise NotImplementedError
 
     def write(self, text="", indent=""):
         """Print lines unchanged, or with an indent one sentence wrapped to the width of the terminal."""
         width = min(shutil.get_terminal_size().columns, 80) - 1
-        print(
+        wrapped = (
             textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
             if indent
-            else text, flush=True,
+            else text
         )
+        if self.replayed:
+            self.waiting.append(wrapped)
+        else:
+            print(wrapped, flush=True)
 
-    def read(self, question, default="", hidden=False):
-        """Return one answer as it was typed. Raises KeyboardInterrupt or Ended."""
-        import questionary
+    def keep(self, name, make):
+        """Return what was made for this name in this set-up, and make it if that is the first time."""
+        if name not in self.kept:
+            self.kept[name] = make()
+        return self.kept[name]
 
-        kind = questionary.password if hidden else questionary.text
+    def step_back(self):
+        self.replayed, self.taken = self.taken[:-1], []
+
+    def start_over(self):
+        self.earlier, self.taken = dict(self.taken[:-1]), []  # without the answer to the review
+
+    def replay(self, question, check):
+        """Return (True, value) if this question is answered as before."""
+        if not self.replayed or self.replayed[0][0] != question:
+            self.replayed = []
+            return False, None
+        answer = self.replayed[0][1]
         try:
-            answer = kind(question, default=default, style=self.style, qmark=">").unsafe_ask()
-        except EOFError:
-            raise InputEnded from None
-        if answer is None:
-            raise KeyboardInterrupt
-        return answer
+            value = check(answer)
+        except (ValueError, StartupError):
+            self.replayed = []
+            return False, None
+        self.taken.append(self.replayed.pop(0))
+        self.waiting = []
+        return True, value
 
-    def ask(self, question, default="", check=str, hidden=False, repeat=False):
+    def read_step(self, question, default="", hidden=False):
+        """Return an answer that is not a step back. The line end of a pasted one is no part of it."""
+        answer = self.read(question, default, hidden).strip("\r\n")
+        if answer.strip() == self.BACK:
+            if self.taken:
+                raise StepBack
+            raise ValueError("this is the first question")
+        answer.encode()
+        return answer if hidden else answer.strip()
+
+    def read_again(self, answer):
+        try:
+            is_same = self.read_step("The same again:", hidden=True) == answer
+        except StepBack:
+            is_same = False
+        if not is_same:
+            raise ValueError("the two are not the same")
+
+    def ask(self, question, default="", check=str, hidden=False, repeat=False, name="", record=None):
         """Ask until `check` accepts the answer, and return the value that it returns.
 
-        `repeat` asks for a second input of the same answer.
+        `repeat` asks for a second input of the same answer, always or where it says so of one. `name` identifies the question where its text changes;
+        `record` returns the answer to remember where that is not what was typed.
         """
+        name = name or question
+        is_known, value = self.replay(name, check)
+        if is_known:
+            return value
+        for line in self.waiting:
+            print(line, flush=True)
+        self.waiting = []
+        earlier = "" if record else self.earlier.get(name, "")
+        if hidden and earlier:
+            question = question.partition(" (")[0] + " (empty: as before)"
         while True:
-            answer = self.read(question, default, hidden)
             try:
-                answer.encode()
-                value = check(answer if hidden else answer.strip())
+                answer = self.read_step(question, default if hidden else earlier or default, hidden)
+                is_new = bool(answer)
+                if hidden and not answer:
+                    answer = earlier
+                value = check(answer)
+                if is_new and (repeat(answer) if callable(repeat) else repeat):
+                    self.read_again(answer)
             except UnicodeEncodeError:
                 self.write("that is not UTF-8: the locale of this terminal says otherwise", "  ")
             except (ValueError, StartupError) as error:
                 self.write(str(error), "  ")
             else:
-                if not repeat or not answer or self.read("The same again:", hidden=True) == answer:
-                    return value
-                self.write("the two are not the same", "  ")
+                self.taken.append((name, record(answer) if record else answer))
+                return value
 
     def ask_secret(self, question, check=str, repeat=False):
         return self.ask(question, "", check, hidden=True, repeat=repeat)
 
     def confirm(self, question, default, check=lambda answer: answer):
         """Ask for yes or no and Enter: noise on a serial line can produce a single key press."""
+        default = self.earlier.get(question, "y" if default else "n") == "y"
 
         def parse(answer):
             if answer.lower() not in ("", "y", "yes", "n", "no"):
                 raise ValueError("please answer yes or no")
-            return check(answer.lower()[0] == "y" if answer else default)
+            return check(record(answer) == "y")
 
-        return self.ask(f"{question} ({'Y/n' if default else 'y/N'})", "", parse)
+        def record(answer):
+            return answer.lower()[:1] or ("y" if default else "n")
+
+        return self.ask(f"{question} ({'Y/n' if default else 'y/N'})", "", parse, name=question, record=record)
+
+
+class ScreenPrompter(Prompter):
+    """Asks on a terminal, without colours and with characters that a serial console has."""
+
+    introduction = 'Enter takes what stands there already, and typing replaces it; "<" goes back one question.'
+
+    def __init__(self):
+        from prompt_toolkit.output.color_depth import ColorDepth
+        from prompt_toolkit.styles import Style
+
+        super().__init__()
+        os.environ["PROMPT_TOOLKIT_COLOR_DEPTH"] = ColorDepth.DEPTH_1_BIT.value
+        self.style = Style([(name, "noinherit") for name in ("qmark", "question", "answer", "instruction")])
+
+    def read(self, question, default="", hidden=False):
+        import questionary
+        from prompt_toolkit.filters import Condition
+        from prompt_toolkit.key_binding import KeyBindings
+        from prompt_toolkit.keys import Keys
+
+        pressed: list = []
+        bindings = KeyBindings()
+        is_untouched = Condition(lambda: not pressed)
+
+        def insert(event, data):
+            if not pressed:
+                event.current_buffer.text = ""
+            event.current_buffer.insert_text(data)
+
+        @bindings.add(Keys.BracketedPaste)
+        def paste(event):
+            insert(event, event.data.strip("\r\n"))
+
+        @bindings.add(Keys.Any, filter=is_untouched)
+        def replace(event):
+            insert(event, event.data)
+
+        kind = questionary.password if hidden else questionary.text
+        asked = kind(question, default=default, style=self.style, qmark=">", key_bindings=bindings)
+        asked.application.key_processor.after_key_press += pressed.append
+        try:
+            answer = asked.unsafe_ask()
+        except EOFError:
+            raise InputEnded from None
+        if answer is None:
+            raise KeyboardInterrupt
+        return answer
 
 
 class LinePrompter(Prompter):
     """Asks line by line without escape sequences, on a terminal that cannot move its cursor."""
 
-    introduction = 'Enter takes what stands in brackets; "" stands for an empty answer.'
-
-    def __init__(self):
-        pass
+    introduction = 'Enter takes what stands in brackets; "" stands for an empty answer, "<" goes back one question.'
 
     def read(self, question, default="", hidden=False):
         with terminal_echo(not hidden):  # before the question is printed, so that a fast answer is not shown
@@ -398,7 +671,7 @@ class LinePrompter(Prompter):
 
 def prompter_for_terminal():
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # it is the terminal
-    return LinePrompter() if os.environ.get("TERM", "") in ("", "dumb", "unknown") else Prompter()
+    return LinePrompter() if os.environ.get("TERM", "") in ("", "dumb", "unknown") else ScreenPrompter()
 
 
 def format_value(value):
@@ -449,12 +722,14 @@ def ask_option(prompter, draft, name):
             question.format(ip=draft[f"{server}-ip"]), value, lambda yes: draft.choose(name, yes) or yes
         ):
             prompter.write("Then it needs a certificate, or an address of loopback.", "  ")
-            for other in listener_options(server):
+            for other in ("tls", *listener_options(server)):
                 if CONDITIONS.get(other, lambda draft: True)(draft):
                     ask_option(prompter, draft, other)
         return None
     if option.parse is boolean:
         return prompter.confirm(question, value, lambda yes: draft.choose(name, yes))
+    if name.endswith("-domain") and value == "localhost" and is_for_others(draft, name.partition("-")[0]):
+        value = proposed_name()
     return prompter.ask(question, format_value(value), check_option(draft, name))
 
 
@@ -466,7 +741,7 @@ def ask_certificate_passphrase(prompter, draft, name):
     def check(answer):
         value = check_printable(answer) or draft[name]
         try:
-            tls_context(draft[files[0]], draft[files[1]] or None, value)
+            tls_context(draft[files[0]], draft[files[1]], value)
         except ValueError as error:
             prompter.write(str(error), "  ")
             return False
@@ -489,28 +764,100 @@ def ask_options(prompter, draft, names):
 
 def ask_database(prompter, draft):
     """Ask for the file of the database and for its passphrase, unless that is set already."""
-
-    def check_new_passphrase(answer):
-        if check_passphrase(answer):
-            draft.check_effective("db-pass", answer)
-        return answer
-
-    def confirm_unencrypted(yes):
-        if yes:
-            draft.choose("no-db-pass", True)
-        return yes
-
     while True:
         prompter.ask("Database file?", draft["db-file"], check_option(draft, "db-file"))
-        if draft["db-pass"] or draft["no-db-pass"]:
-            name = "db-pass" if draft["db-pass"] else "no-db-pass"
+        if name := passphrase_origin(draft):
             return prompter.write(f"{name} is set already, by {draft.options.origins.get(name, 'default')}.", "  ")
-        # Put it into the draft only after it was typed twice: a mistyped one must not remain there.
-        question = "Database passphrase? (empty: no encryption)"
-        if passphrase := prompter.ask_secret(question, check_new_passphrase, repeat=True):
-            return draft.choose("db-pass", passphrase)
-        if prompter.confirm("Really keep the database unencrypted?", False, confirm_unencrypted):
-            return None
+
+        def check(answer):
+            if answer.strip().lower() != "none" and check_passphrase(answer):
+                draft.check_effective("db-pass", answer)
+            return answer
+
+        # Into the draft only after it was typed twice: a mistyped one must not remain there.
+        answer = prompter.ask_secret(draft.words["passphrase"], check, lambda typed: typed.strip().lower() != "none")
+        if answer.strip().lower() != "none":
+            return choose_passphrase(draft, answer, lambda: prompter.keep("passphrase", new_passphrase))
+        if prompter.confirm("Really keep the database unencrypted?", False):
+            return draft.choose("no-db-pass", True)
+
+
+def ask_proxy(prompter, draft):
+    """Ask where the TLS proxy is. It speaks plain HTTP to AUTH, and is believed who its clients are."""
+
+    def check(answer):
+        proxy = ipaddress.ip_address(OPTION_NAMES["auth-ip"].parse(answer))
+        if not proxy.is_loopback:
+            use_network(draft, "auth")
+            draft.choose("auth-insecure-http", True)
+        elif is_for_others(draft, "auth") and not draft["auth-insecure-http"]:
+            draft.choose("auth-ip", "127.0.0.1")
+        if not any(proxy in network for network in draft["trusted-proxies"]):
+            draft.choose("trusted-proxies", (*draft["trusted-proxies"], ipaddress.ip_network(proxy)))
+        return "proxy"
+
+    known = draft["trusted-proxies"]
+    proposed = str(known[0].network_address) if known and known[0].num_addresses == 1 else "127.0.0.1"
+    return prompter.ask("Address of the proxy (127.0.0.1: on this machine)?", proposed, check)
+
+
+def ask_certificate(prompter, draft):
+    """Ask for the certificate of a box for the network: the box's own, one that is there, or that of a proxy."""
+    kinds = ("own", "file", "proxy")
+
+    def check(answer):
+        if answer not in kinds:
+            raise ValueError("please answer own, file or proxy")
+        if answer != "proxy":
+            use_network(draft, "auth")
+        if answer == "own" and not draft["auth-ssl-cert-file"]:
+            use_own_certificate(draft)
+        return answer
+
+    is_proxied = draft["trusted-proxies"] or (draft["auth-insecure-http"] and not speaks_tls(draft, "auth"))
+    proposed = "file" if draft["auth-ssl-cert-file"] else "proxy" if is_proxied else "own"
+    question = "Its certificate: own (the box makes and renews it), file (one that is there), proxy (a TLS proxy)?"
+    kind = prompter.ask(question, proposed, check)
+    if kind == "proxy":
+        return ask_proxy(prompter, draft)
+    while kind == "file" and not draft["auth-ssl-cert-file"]:
+        ask_options(prompter, draft, ("auth-ssl-cert-file", "auth-ssl-key-file", "auth-ssl-cert-pass"))
+    return kind
+
+
+def ask_reach(prompter, draft):
+    """Ask who uses the box, and for the network by which name and with which certificate."""
+
+    def check(answer):
+        if answer not in ("itself", "network"):
+            raise ValueError("please answer itself or network")
+        if answer == "itself":
+            use_itself(draft)
+        return answer
+
+    proposed = "network" if is_for_others(draft, "auth") or draft["auth-domain"] != "localhost" else "itself"
+    question = "Who uses this box: itself (this machine alone), or the network?"
+    if prompter.ask(question, proposed, check) == "itself":
+        return
+    kind = ask_certificate(prompter, draft)
+    found = ", ".join(dict.fromkeys((*machine_names(), *ipv4_addresses())))
+    if found:
+        prompter.write(f"This machine is called, or is at: {found}", "  ")
+    name = draft["auth-domain"] if draft["auth-domain"] != "localhost" else proposed_name()
+    prompter.ask(draft.words["name"], name, lambda answer: choose_name(draft, answer, ("auth",)))
+
+    def use_admin(yes):
+        if yes:
+            use_network(draft, "admin")
+            choose_name(draft, draft["auth-domain"])
+            for option in ("ssl-cert-file", "ssl-key-file", "ssl-cert-pass"):
+                if draft["auth-ssl-cert-file"] and not draft[f"admin-{option}"]:
+                    draft.choose(f"admin-{option}", draft[f"auth-{option}"])
+        elif is_for_others(draft, "admin"):
+            draft.choose("admin-ip", "127.0.0.1")
+
+    if kind != "proxy":
+        prompter.confirm("Is it administered over the network too, at /dashboard/?", True, use_admin)
 
 
 def ask_application(prompter, draft, client):
@@ -536,20 +883,19 @@ def ask_application(prompter, draft, client):
         ask_words("cors_origins", "Whose scripts may call AUTH, such as https://app.example (origins; empty: none)?")
 
 
-def ask_client(prompter, draft, is_guided):
+def ask_client(prompter, draft, quick, is_guided):
     """Return the first client, or None if there is to be none. The guided path asks also where people log in."""
-    client_id = prompter.ask("client_id of the first service (empty: none)?", draft["oidc-client-id"], check_client_id)
-    if not client_id:
+    words = draft.words
+    quick.client_id = prompter.ask(words["client_id"], draft["oidc-client-id"], check_client_id)
+    if not quick.client_id:
         return None
-    client = FirstClient(client_id)
-    client.audience = prompter.ask(
-        "Its audience (the aud of its tokens)?", client_id, lambda answer: check_audience(answer) or client_id
-    )
-    client.scopes = prompter.ask("Its scopes, separated by blanks (empty: none)?", "", check_scopes)
+    quick.audience = prompter.ask(words["audience"], quick.client_id, check_audience)
+    quick.scopes = prompter.ask(words["scopes"], "", check_scopes)
+    client = first_client(draft, quick)
     if is_guided:
         ask_application(prompter, draft, client)
-    if not client.public:
-        client.secret = draft["oidc-client-secret"]
+    if client.public:
+        client.secret = ""
     return client
 
 
@@ -572,7 +918,7 @@ def terminal_uses_utf8():
 
 
 def draw_qr_code(uri, secret):
-    """Return a QR code as text, with the secret beside or below it, or only the secret if the terminal is too narrow.
+    """Return a QR code as text, with the secret beside or below it, or "" if this terminal is too small for it.
 
     It has half blocks where the terminal uses UTF-8, otherwise two ASCII characters per module. The light modules are
     drawn, because most terminals are dark.
@@ -580,20 +926,39 @@ def draw_qr_code(uri, secret):
     import segno
 
     code = segno.make(uri, error="l", micro=False)
-    size, columns = code.symbol_size(border=2)[0], shutil.get_terminal_size().columns
+    size, screen = code.symbol_size(border=2)[0], shutil.get_terminal_size()
     caption = ["Scan this, or type the", "secret into the authenticator:", *textwrap.wrap(secret, 20)]
-    if terminal_uses_utf8() and size + 2 + max(map(len, caption)) < columns:
+    is_wide = size + 2 + max(map(len, caption)) < screen.columns
+    if terminal_uses_utf8() and is_wide and (size + 1) // 2 < screen.lines:
         drawing = io.StringIO()
         code.terminal(out=drawing, compact=True, border=2)
         lines = drawing.getvalue().splitlines()
         return "\n".join(
             line + "  " + text for line, text in zip(lines, ["", *caption] + [""] * len(lines), strict=False)
         )
-    if 2 * (size - 2) < columns:
+    if 2 * (size - 2) < screen.columns and size + 1 < screen.lines:
         lines = ["".join("  " if module else "##" for module in row) for row in code.matrix_iter(border=1)]
-        lines += [f"Scan this ({len(lines)} lines), or type the secret into the authenticator:", "  " + secret]
+        lines += ["Scan this, or type the secret into the authenticator:", "  " + secret]
         return "\n".join(lines)
-    return "Type the secret into the authenticator:\n  " + secret
+    return ""
+
+
+def offer_qr_file(prompter, uri, secret):
+    """Where the code does not fit the screen, write it to a file for the time of the set-up, or show the secret."""
+
+    def check(path):
+        if path and path not in prompter.files:
+            check_creatable(path)
+            if os.path.lexists(path):
+                raise ValueError(f"{path} is there already")
+            write_durably(path, draw_qr(uri))
+            prompter.files.append(path)
+        return path
+
+    prompter.write("The QR code does not fit this screen. The secret, to type into the authenticator:\n  " + secret)
+    question = "Write the QR code into an SVG file, until the set-up ends (a path; empty: no)?"
+    if path := prompter.ask(question, "", check):
+        prompter.write(f"{os.path.abspath(path)} holds it, and is removed when the set-up ends.", "  ")
 
 
 def ask_second_factor(prompter, username, issuer_name):
@@ -603,34 +968,38 @@ def ask_second_factor(prompter, username, issuer_name):
     """
     if not prompter.confirm("A second factor (TOTP) for the administrator?", False):
         return ""
-    seed = microauthd.new_totp_seed()
-    uri = microauthd.totp_uri(seed, username, issuer_name)
-    prompter.write(draw_qr_code(uri, " ".join(re.findall(".{1,4}", seed))))
+    seed = prompter.keep("seed", microauthd.new_totp_seed)
+    uri, secret = microauthd.totp_uri(seed, username, issuer_name), " ".join(re.findall(".{1,4}", seed))
+    if drawing := draw_qr_code(uri, secret):
+        prompter.write(drawing)
+    else:
+        offer_qr_file(prompter, uri, secret)
 
     def check(answer):
         answer = answer.replace(" ", "")
-        if answer and microauthd.totp_time_step(seed, answer, int(time.time())) is None:
-            raise ValueError("that is not the code of this moment; empty goes on without")
+        # A step back asks for it again when its time is over: it has proved what it had to.
+        if answer and answer != prompter.kept.get("code"):
+            if microauthd.totp_time_step(seed, answer, int(time.time())) is None:
+                raise ValueError("that is not the code of this moment; empty goes on without")
+            prompter.kept["code"] = answer
         return answer
 
     return seed if prompter.ask("The code it shows?", "", check) else ""
 
 
-def ask_administrator(prompter, draft):
-    """Return user name, e-mail, password and TOTP seed."""
-    username = prompter.ask("Administrator's user name?", "admin", check_username)
-    email = prompter.ask("Administrator's e-mail?", "", check_email)
-    check = check_by_rule(
-        lambda answer: microauthd.check_new_password(draft.options, answer, username, email), "password", str
-    )
-    password = prompter.ask_secret("Administrator's password?", check, repeat=True)
-    return username, email, password, ask_second_factor(prompter, username, microauthd.box_name(draft.options))
+def ask_administrator(prompter, draft, quick):
+    """Ask for user name, e-mail and password. Return the TOTP seed, or ""."""
+    words = draft.words
+    quick.username = prompter.ask(words["username"], quick.username, check_username)
+    quick.email = prompter.ask(words["email"], "", check_email)
+    quick.password = prompter.ask_secret(words["password"], check_password(draft, quick), repeat=True)
+    return ask_second_factor(prompter, quick.username, microauthd.box_name(draft.options))
 
 
 def print_summary(prompter, draft, final_options, answers, is_guided):
     rows = [
         ("config", final_options.config_file),
-        ("database", f"{final_options.db_file}, {'encrypted' if final_options.db_pass else 'NOT encrypted'}"),
+        ("database", f"{final_options.db_file}, {'encrypted' if final_options.db_pass or final_options.db_key_file else 'NOT encrypted'}"),
         ("AUTH", f"{final_options.auth_ip}:{final_options.auth_port}, issuer {final_options.auth_issuer}"),
         ("ADMIN", f"{final_options.admin_ip}:{final_options.admin_port}"),
         ("administrator", answers.username + (", with a second factor" if answers.totp_seed else "")),
@@ -650,14 +1019,14 @@ def print_summary(prompter, draft, final_options, answers, is_guided):
         prompter.write(f"  {name:{width}}  {value}")
 
 
-def describe_outcome(config):
+def describe_outcome(options):
     """Return what an interrupted set-up left: once its journal is committed, the next start completes it."""
-    if os.path.exists(journal_of(config)):
+    if os.path.exists(journal_of(journal_place(options))):
         return "The set-up was being put in place: run microauthd again, and it is completed."
     return "Nothing was written."
 
 
-def set_up(final_options, answers):
+def set_up_here(final_options, answers):
     """Call recovery.set_up(), and turn an error of the disk or the database into a StartupError."""
     try:
         return recovery.set_up(final_options, answers)
@@ -665,14 +1034,32 @@ def set_up(final_options, answers):
         problem = f"{error.filename or 'the disk'}: {error.strerror or error}"
     except sqlcipher3.Error as error:
         problem = f"the database {final_options.db_file} cannot be made: {error}"
-    raise StartupError(f"{describe_outcome(final_options.config_file)} {problem}")
+    raise StartupError(f"{describe_outcome(final_options)} {problem}")
 
 
-def run_wizard(options, flags):
-    prompter, draft = prompter_for_terminal(), Draft(options)
-    prompter.write(f"microauthd {microauthd.VERSION}: first start. Nothing is written before the last question;")
-    prompter.write("Ctrl-C leaves everything as it is.\n" + prompter.introduction)
-    prompter.write()
+def set_up(final_options, answers):
+    """Make everything of a set-up. As root, for a server that runs as the user whose folder the database will lie in:
+    the config file stays root's, and all else is made by that user.
+
+    An interrupted one leaves settings and nothing that they name, so it is repeated. Raises StartupError.
+    """
+    owner = recovery.database_owner(final_options.db_file)
+    if owner is None:
+        return set_up_here(final_options, answers)
+    forbid_second_setup(final_options)
+    for _, _, wrong in check_clients(final_options, answers.clients):
+        raise StartupError(wrong)
+    recovery.write_settings(final_options, owner[1])
+    made = run_as(*owner, lambda: msgspec.json.encode(set_up_here(final_options, answers)))
+    return msgspec.json.decode(made, type=list[MadeClient])
+
+
+def ask_everything(prompter, options, flags):
+    """Ask all questions, and show what follows from the answers. Return Options and Answers to set up with.
+
+    Raises StepBack or StartOver, and KeyboardInterrupt or InputEnded.
+    """
+    draft, quick = Draft(options), QuickAnswers()
     ask_database(prompter, draft)
     is_guided = (
         "--guided" in flags
@@ -682,46 +1069,116 @@ def run_wizard(options, flags):
     prompter.write()
     if is_guided:
         ask_options(prompter, draft, BEFORE_CLIENT)
-        client = ask_client(prompter, draft, is_guided)
+        client = ask_client(prompter, draft, quick, is_guided)
         ask_options(prompter, draft, AFTER_CLIENT)
-        username, email, password, seed = ask_administrator(prompter, draft)
+        seed = ask_administrator(prompter, draft, quick)
     else:
         for name in ("token-signing-key", "admin-token-signing-key"):
             if os.path.exists(draft[name + "-file"]):
                 # The set-up keeps existing keys. Report now, and not after the last question, that one does not open.
                 microauthd.read_ring(draft[name + "-file"], draft[name + "-pass"])
-        username, email, password, seed = ask_administrator(prompter, draft)
-        client = ask_client(prompter, draft, is_guided)
+        ask_reach(prompter, draft)
+        seed = ask_administrator(prompter, draft, quick)
+        client = ask_client(prompter, draft, quick, is_guided)
     answers = Answers(
-        username, email, password, totp_seed=seed, clients=[client] if client else [], keep_keys="--keep-keys" in flags,
+        quick.username, quick.email, quick.password, totp_seed=seed, clients=[client] if client else [],
+        keep_keys="--keep-keys" in flags,
     )
     final_options = draft.complete()
     prompter.write()
     print_summary(prompter, draft, final_options, answers, is_guided)
     prompter.write()
-    if not prompter.confirm("Set it up?", True):
-        prompter.write("Nothing was written.")
-        return 1
-    prompter.write("Making keys and database ...")
-    if seed:
-        import pyotp
+    if not prompter.confirm("Set it up? (no: back to the questions; Ctrl-C leaves)", True):
+        raise StartOver
+    return final_options, answers
 
-        # set_up() verifies a code again, and the one that was typed may have expired. RFC 6238 §5.2
-        answers.totp_code = pyotp.TOTP(seed).now()
-    made = set_up(final_options, answers)
-    prompter.write(f"Done. {draft.config} holds the settings and their secrets: it is yours alone.")
-    for one in made:
-        if one.secret:
-            prompter.write(
-                f"\n  client_id      {one.client_id}\n  client_secret  {one.secret}\n\nThe secret is shown this once."
-            )
-    with_config = "" if draft.config == "mad.conf" else f" --config {draft.config}"
-    prompter.write("\nTry next:")
-    for command in (
-        f"microauthd serve{with_config}", "mad session login",
-        f"mad token get --client-id {client.client_id if client and not client.public else 'CLIENT'}",
-    ):
-        prompter.write(f"  {command}")
+
+def interview(prompter, options, flags):
+    """Ask until the review is agreed to. Return Options and Answers."""
+    while True:
+        try:
+            return ask_everything(prompter, options, flags)
+        except StepBack:
+            prompter.step_back()
+        except StartOver:
+            prompter.write("Nothing is written yet. The questions again, with your answers:")
+            prompter.start_over()
+
+
+def made_root(options):
+    """Return what describe_root() does, after set_up(): as the user who owns the file, for root believes no other."""
+    owner = recovery.database_owner(options.db_file)
+    if owner is None:
+        return describe_root(options)
+    described = run_as(*owner, lambda: msgspec.json.encode(describe_root(options)))
+    return msgspec.json.decode(described, type=CertificateFile | None)
+
+
+SERVICE_CONFIG = "/etc/microauthd/mad.conf"  # of a service: see service.CONFIG
+
+
+def program_words(options):
+    """Return how the program and mad are called here, so that they find this config file."""
+    main = sys.modules["__main__"]
+    path = getattr(main, "ARCHIVE", "") or getattr(main, "__file__", None) or ""
+    config = os.path.abspath(options.config_file)
+    flag, variable = f" --config {shlex.quote(config)}", f"MAD_CONFIG={shlex.quote(config)} "
+    if config == SERVICE_CONFIG or options.config_file == "mad.conf":
+        flag = variable = ""
+    if config == SERVICE_CONFIG or not path.endswith((".pyz", "microauthd.py")):
+        return f"microauthd {{}}{flag}", f"{variable}mad"
+    program = f"python3 {shlex.quote(os.path.relpath(path) if path.startswith(os.getcwd() + '/') else path)}"
+    if path.endswith(".py"):
+        return f"{program} {{}}{flag}", f"{variable}{program.removesuffix('microauthd.py')}mad.py"
+    return f"{program} {{}}{flag}", f"{variable}{program} mad"
+
+
+def describe_end(options, answers, made, passphrase="", will_serve=False):
+    """Return the lines of the end of a set-up: what is shown this once, what is where, and what to do next."""
+    lines = [f"Done. {os.path.abspath(options.config_file)} holds the settings and their secrets: it is yours alone."]
+    for client in made:
+        if client.secret:
+            lines += ["", f"  client_id      {client.client_id}", f"  client_secret  {client.secret}", "",
+                      "The secret is shown this once."]
+    if passphrase:
+        lines += ["", f"  database passphrase  {passphrase}", ""]
+    if options.db_pass or options.db_key_file:
+        what = "the database's passphrase" if options.db_pass else f"{options.db_key_file}, the database's key,"
+        lines.append(f"Keep {what} elsewhere too: without it no backup can be read.")
+    if root := made_root(options):
+        lines += ["", f"Clients trust the box by {root.file}. Its SHA-256 fingerprint:", f"  {root.sha256}"]
+    program, mad = program_words(options)
+    client_id = next((client.client_id for client in answers.clients if not client.public), "CLIENT")
+    is_service = os.path.abspath(options.config_file) == SERVICE_CONFIG
+    start = "systemctl start microauthd" if is_service else program.format("serve")
+    lines += ["", "The server starts now. Then try:" if will_serve else "Try next:"]
+    lines += [] if will_serve else [f"  {start}"]
+    lines += [f"  {mad} session login", f"  {mad} token get --client-id {client_id}", ""]
+    lines += [f"  {options.auth_issuer}/.well-known/openid-configuration", f"  {options.admin_issuer}/dashboard/"]
+    return lines
+
+
+def run_wizard(options, flags):
+    prompter = prompter_for_terminal()
+    prompter.write(f"microauthd {microauthd.VERSION}: first start. Nothing is written before the last question;")
+    prompter.write("Ctrl-C leaves everything as it is.\n" + prompter.introduction)
+    prompter.write()
+    try:
+        final_options, answers = interview(prompter, options, flags)
+        prompter.write("Making keys and database ...")
+        if answers.totp_seed:
+            import pyotp
+
+            # set_up() verifies a code again, and the one that was typed may have expired. RFC 6238 §5.2
+            answers.totp_code = pyotp.TOTP(answers.totp_seed).now()
+        made = set_up(final_options, answers)
+    finally:
+        for path in prompter.files:
+            os.unlink(path)
+    passphrase = prompter.kept.get("passphrase", "")
+    shown = passphrase if passphrase == final_options.db_pass else ""
+    for line in describe_end(final_options, answers, made, shown, "--then-serve" in flags):
+        prompter.write(line)
     return 0
 
 
@@ -744,7 +1201,7 @@ def option_text(option, value):
         return "true" if value else "false"
     if isinstance(value, (str, int)):
         return str(value)
-    if option.parse is networks and isinstance(value, list) and all(isinstance(part, str) for part in value):
+    if option.parse in (networks, host_names) and isinstance(value, list) and all(isinstance(part, str) for part in value):
         return ",".join(value)
     raise ValueError(f"{option.name} must be a string, a whole number, or true or false")
 
@@ -766,8 +1223,12 @@ class AnswersFile:
         ),
     }  # fmt: skip
 
-    def __init__(self, path):
+    def __init__(self, path, document=None):
+        """With a document nothing is read; `path` is then what its problems are said to be of."""
         self.path, self.problems, self.content = path, [], ""
+        if document is not None:
+            self.document, self.is_private = document, True
+            return
         try:
             with open(path, "rb") as file:
                 self.is_private = not stat.S_IMODE(os.fstat(file.fileno()).st_mode) & 0o077
@@ -859,7 +1320,9 @@ class AnswersFile:
 
     def read_options(self, draft):
         """Put the options of the top level and of [options] into the draft."""
-        entries = [("", key, value) for key, value in self.document.items() if key not in ("options", *self.TABLES)]
+        entries = [
+            ("", key, value) for key, value in self.document.items() if key not in ("options", "web", *self.TABLES)
+        ]
         table = self.document.get("options", {})
         if not isinstance(table, dict):
             self.add_problem("options must be a table, [options]", "options")
@@ -1001,8 +1464,16 @@ class AnswersFile:
                              f"client {index}" if several else "client")
 
 
-def run_unattended(options, flags, values):
-    answers_file, draft = AnswersFile(values["--answers"]), Draft(options)
+def keep_secrets(made, path):
+    """Write the secrets of clients that were made into a new private file: what a service prints goes into its log."""
+    lines = [f"client_id={client.client_id}\nclient_secret={client.secret}\n" for client in made if client.secret]
+    if lines:
+        write_durably(path, "".join(lines).encode())
+        print(f"client secrets are in {path}: take them from there, and remove it")
+
+
+def run_unattended(options, answers_file, flags, values, secrets_file=""):
+    draft = Draft(options)
     answers_file.read_options(draft)
     username, email, password = answers_file.read_admin(draft, flags, values)
     clients = answers_file.read_clients(draft)
@@ -1024,13 +1495,61 @@ def run_unattended(options, flags, values):
     print(f"administrator={username}")
     for client in made:
         print(f"client_id={client.client_id}")
-        if client.secret:
+        if client.secret and not secrets_file:
             print(f"client_secret={client.secret}")
+    if secrets_file:
+        keep_secrets(made, secrets_file)
+    if final_options and (root := made_root(final_options)):
+        print(f"ca_file={root.file}\nca_sha256={root.sha256}")
     return 0
+
+
+SECRETS_FILE = "first-clients.txt"
+
+
+def run_from_environment(options, variables, prefix) -> int:
+    """Set up from variables of the environment, for a container: see SETUP_VARIABLES. Return the exit status."""
+    forbid_second_setup(options)
+    forbid_found_keys(options, keep_keys=False)
+    if "SETUP_PASSWORD" in variables and "SETUP_PASSWORD_FILE" in variables:
+        raise StartupError(f"{prefix}SETUP_PASSWORD and {prefix}SETUP_PASSWORD_FILE set the same")
+    values = {}
+    if "SETUP_PASSWORD_FILE" in variables:
+        values["--admin-password-file"] = variables["SETUP_PASSWORD_FILE"]
+    members = {"SETUP_USERNAME": "username", "SETUP_EMAIL": "email", "SETUP_PASSWORD": "password"}
+    given = {member: variables[name] for name, member in members.items() if name in variables}
+    if "SETUP_ANSWERS" in variables:
+        if given:
+            raise StartupError(f"{prefix}SETUP_ANSWERS goes with no other but {prefix}SETUP_PASSWORD_FILE")
+        answers_file = AnswersFile(variables["SETUP_ANSWERS"])
+    else:
+        missing = [name for name in ("SETUP_USERNAME", "SETUP_EMAIL") if members[name] not in given]
+        missing += [] if values or "password" in given else ["SETUP_PASSWORD_FILE"]
+        if missing:
+            raise StartupError(f"a set-up from the environment needs {', '.join(prefix + name for name in missing)}")
+        answers_file = AnswersFile("the environment", {"admin": given})
+    folder = os.path.dirname(os.path.abspath(options.db_file))
+    return run_unattended(options, answers_file, [], values, os.path.join(folder, SECRETS_FILE))
+
+
+def run_first_start(options, flags, values) -> int:
+    """Set up before the first start of a service, from an answers file that is removed afterwards."""
+    path = values["--answers"]
+    if os.path.lexists(options.db_file) or not os.path.exists(path):
+        return 0
+    forbid_found_keys(options, "--keep-keys" in flags)
+    folder = os.path.dirname(os.path.abspath(path))
+    status = run_unattended(options, AnswersFile(path), flags, values, os.path.join(folder, SECRETS_FILE))
+    if not status:
+        os.unlink(path)
+        sync_directory(folder)
+    return status
 
 
 def check_usage(flags, values):
     if "--answers" not in values:
+        if "--first-start" in flags:
+            raise StartupError("--first-start goes with --answers FILE")
         for name in ("--admin-password-stdin", "--admin-password-file"):
             if name in flags or name in values:
                 raise StartupError(f"{name} goes with --answers FILE; the wizard asks for the password itself")
@@ -1042,16 +1561,37 @@ def check_usage(flags, values):
         raise StartupError("--admin-password-stdin and --admin-password-file contradict each other")
 
 
+def is_for_web(options, flags, values) -> bool:
+    """Return whether the set-up is asked on a page: see claim.run(). Raises StartupError for a bad command line."""
+    if "--web" in flags:
+        if "--answers" in values or {"--quick", "--guided", "--first-start"} & set(flags):
+            raise StartupError("--web goes with no other way to be asked")
+        return True
+    if "--claim-code-file" in values:
+        raise StartupError("--claim-code-file goes with --web; an answers file has claim_code_file")
+    check_usage(flags, values)
+    path = values.get("--answers", "")
+    if not path or os.path.lexists(options.db_file) or ("--first-start" in flags and not os.path.exists(path)):
+        return False
+    web = AnswersFile(path).document.get("web", False)
+    if not isinstance(web, bool):
+        raise StartupError(f"{path}: web must be true or false")
+    return web
+
+
 def run(options, flags, values) -> int:
     """Run the wizard, or with --answers the set-up from that file. Return the exit status.
 
     Raises StartupError or Problem, and then nothing was created.
     """
+    if "--first-start" in flags:
+        check_usage(flags, values)
+        return run_first_start(options, flags, values)
     forbid_second_setup(options)
     check_usage(flags, values)
     forbid_found_keys(options, "--keep-keys" in flags)
     if "--answers" in values:
-        return run_unattended(options, flags, values)
+        return run_unattended(options, AnswersFile(values["--answers"]), flags, values)
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise StartupError(
             "set-up asks its questions on a terminal, and here is none: use --answers FILE, or --demo for a trial"
@@ -1061,8 +1601,7 @@ def run(options, flags, values) -> int:
         with terminal_echo(False):
             return run_wizard(options, flags)
     except KeyboardInterrupt:
-        config = options.config_file
-        print("\n" + describe_outcome(config))
+        print("\n" + describe_outcome(options))
         return 130
     except InputEnded:
         print()

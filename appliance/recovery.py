@@ -19,26 +19,30 @@ import msgspec
 import sqlcipher3
 
 from appliance.base import StartupError
-from appliance.base.clock import CLOCK_FAR, RELEASED_AT, sleep
+from appliance.base.clock import RELEASED_AT, sleep
 from appliance.base.files import (
     check_folder, existing_folder, make_folder, open_owned, read_owned, show_path, sync_directory, write_beside,
     write_durably,
 )
 from appliance.base.settings import (
-    OPTION_NAMES, Options, check_text, load_options, parse_config, read_config, write_config,
+    OPTIONS, OPTION_NAMES, Options, check_text, load_options, parse_config, read_config, write_config,
 )
-from appliance.base.database import Unavailable, derive_key, read_database_key
+from appliance.base.database import Unavailable, database_key, new_database_key
 from appliance.base.store import MAD_ADMIN_ROLE_ID, Store
 from appliance.base.wal import check_log, forget_mark
-from appliance.base.keys import Key, alg_of, lock_ring, make_key, promote, read_ring, replace_keys, write_ring
-from appliance.base.objects import CreateClient, CreateScope, CreateUser, iso
+from appliance.base.keys import Key, lock_ring, make_key, read_ring, replace_keys, write_ring
+from appliance.base.objects import CreateClient, CreateScope, CreateUser, StatusObject, iso
 from microauthd import (
     Idp, KeyRing, LOCAL, Problem, Seal, add_uri, assign_scopes, audit, check_new_password, create_client, create_scope,
     create_user, enable_totp, fold, hash_password, normalise, random_handle, reject, remove_qr_files, revoke_user,
     ring_files,
 )
-from appliance.backup import MACHINE, backup_files, check_copy, write_backup
-from appliance.processes import hold_database, read_seal_key
+from appliance.backup import backup_files, check_copy, write_backup
+from appliance.machine import MACHINE
+from appliance.authority import PreparedAuthority, forbid_found_ca, keep_certificate, put_authority
+from appliance.processes import hold_database, read_seal_key, run_as, touch_marks
+from appliance.status import gather_status
+from appliance.rings import list_keys, revoke, rotate, rsa_bits_of
 
 # == Setup =====================================================================
 # The first start: config, keys, database, administrator and first client, all or nothing. A write-ahead journal.
@@ -70,6 +74,7 @@ class Answers(msgspec.Struct):
     totp_code: str = ""
     clients: list[FirstClient] = []
     keep_keys: bool = False  # of keys that are there already: take them over, as somebody said
+    prepared_ca: PreparedAuthority | None = None  # of the page that the set-up is done at
 
 
 class Journal(msgspec.Struct):
@@ -144,14 +149,40 @@ def refuse_client(member: str, wrong: str):
     raise StartupError(wrong)
 
 
-def journal_of(config: str) -> str:
-    return config + ".setting-up"
+def journal_of(place: str) -> str:
+    return place + ".setting-up"
 
 
-def write_journal(config: str, committed: bool, files: list[tuple[str, str]]):
-    """Write what a set-up or a restore has begun: pairs of staged and final path, and whether all are complete."""
+def is_writable(config: str) -> bool:
+    """Return whether this user can make files beside the config file: in /etc that is root's alone, and it may be
+    mounted read-only.
+    """
+    return os.access(existing_folder(config), os.W_OK | os.X_OK)
+
+
+def database_owner(db_file: str) -> tuple[int, int] | None:
+    """Return uid and gid of the user whose folder the database lies in, where this is root and that is somebody else:
+    the user of the service, who makes and moves everything there.
+    """
+    info = os.stat(existing_folder(db_file))
+    return (info.st_uid, info.st_gid) if info.st_uid and not os.geteuid() else None
+
+
+def journal_place(options: Options) -> str:
+    """Return the file beside which the journal lies: the config file, or the database where that is root's and this
+    is another's.
+    """
+    is_ours = is_writable(options.config_file) and database_owner(options.db_file) is None
+    return options.config_file if is_ours else os.path.abspath(options.db_file)
+
+
+def write_journal(place: str, committed: bool, files: list[tuple[str, str]]):
+    """Write what a set-up or a restore has begun: pairs of staged and final path, and whether all are complete.
+
+    `place` is journal_place().
+    """
     # Escaped to ASCII, where the octets of a path that is not UTF-8 have a form, as lone surrogates; msgspec has none.
-    write_durably(journal_of(config), json.dumps({"committed": committed, "files": files}).encode())
+    write_durably(journal_of(place), json.dumps({"committed": committed, "files": files}).encode())
 
 
 LOCK_TRIES = 10  # to take a lock that another process is just releasing
@@ -194,14 +225,15 @@ def close_setup_lock(path: str, descriptor: int):
 
 
 @contextlib.contextmanager
-def hold_setup(config: str, shared=False):
+def hold_setup(place: str, shared=False):
     """Lock the journal: what looks like an interrupted set-up may be one that still runs.
 
-    `shared` is for commands that replace no file: several may run, but none beside a restore.
+    `place` is journal_place(); `shared` is for commands that replace no file: several may run, but none beside a
+    restore.
     """
-    path = journal_of(config) + ".lock"
+    path = journal_of(place) + ".lock"
     try:
-        check_folder(os.path.dirname(os.path.abspath(config)))
+        check_folder(os.path.dirname(os.path.abspath(place)))
         descriptor = open_setup_lock(path, shared)
     except BlockingIOError:
         raise StartupError(
@@ -224,7 +256,7 @@ STATE_FILES = ("db-file", "seal-key-file", "token-signing-key-file", "admin-toke
 def state_files(options: Options) -> list[str]:
     """Return the absolute paths of config, database and keys: the files that a set-up makes and a restore replaces."""
     paths = [getattr(options, OPTION_NAMES[name].attribute) for name in STATE_FILES]
-    return [os.path.abspath(path) for path in (options.config_file, *paths)]
+    return [os.path.abspath(path) for path in (options.config_file, *paths, options.db_key_file) if path]
 
 
 def staged_path(path: str) -> str:
@@ -232,12 +264,12 @@ def staged_path(path: str) -> str:
 
 
 def read_journal(config: str, options: Options) -> Journal | None:
-    """Return the journal beside the config file, or None if there is none.
+    """Return the journal, or None if there is none.
 
     Raises StartupError if somebody else could have written it, and if it names a file that neither the settings in
     force nor the staged config file name: files are removed and replaced by it.
     """
-    path = journal_of(config)
+    path = journal_of(journal_place(options))
     try:
         journal = msgspec.convert(json.loads(read_owned(path)), Journal)
     except FileNotFoundError:
@@ -248,6 +280,7 @@ def read_journal(config: str, options: Options) -> Journal | None:
     with contextlib.suppress(FileNotFoundError):
         given = read_config(staged_path(config))
         paths = [given[name][0] if name in given else OPTION_NAMES[name].default for name in STATE_FILES]
+        paths += [given["db-key-file"][0]] if "db-key-file" in given else []
         named |= {os.path.abspath(name) for name in paths}
     for staged, final in journal.files:
         if final not in named or staged != staged_path(final):
@@ -268,14 +301,16 @@ def remove_staged(staged: str):
 def finish_setup(config: str, options: Options):
     """Finish a set-up that was interrupted after its commit, or undo one that was interrupted before it.
 
-    The journal, beside the config file, says which: it lists the staged files and whether all of
-    them were complete.
+    The journal says which: it lists the staged files and whether all of them were complete.
     """
+    place = journal_place(options)
+    is_ours = place == options.config_file
     with contextlib.suppress(FileNotFoundError):
-        os.unlink(journal_of(config) + ".new")  # a journal that was not fully written
+        os.unlink(journal_of(place) + ".new")  # a journal that was not fully written
     journal = read_journal(config, options)
     if journal is None:
-        remove_staged(staged_path(config))  # it is written before the journal, and removed after it
+        if is_ours:
+            remove_staged(staged_path(config))  # it is written before the journal, and removed after it
         return
     for staged, final in journal.files:
         if journal.committed:
@@ -289,9 +324,10 @@ def finish_setup(config: str, options: Options):
         elif staged != staged_path(config):  # this one names the others: last
             remove_staged(staged)
         sync_directory(os.path.dirname(os.path.abspath(final)))
-    os.unlink(journal_of(config))
-    remove_staged(staged_path(config))
-    sync_directory(os.path.dirname(os.path.abspath(config)))
+    os.unlink(journal_of(place))
+    if is_ours:
+        remove_staged(staged_path(config))
+    sync_directory(os.path.dirname(os.path.abspath(place)))
 
 
 def recover_setup(config: str, settings: dict | None = None, environ: Mapping[str, str] | None = None):
@@ -299,11 +335,26 @@ def recover_setup(config: str, settings: dict | None = None, environ: Mapping[st
 
     `settings` and `environ` are those of load_options().
     """
-    traces = (journal_of(config), staged_path(config))
-    if any(os.path.lexists(path + suffix) for path in traces for suffix in ("", ".new")):
-        with hold_setup(config):
-            settings = {"config": (config, ""), **(settings or {}), "config-may-be-missing": ("", "")}
+    settings = {"config": (config, ""), **(settings or {}), "config-may-be-missing": ("", "")}
+    is_pipe = os.path.exists(config) and not os.path.isfile(config)  # of the shell, which is read once
+    if is_pipe or (os.geteuid() and is_writable(config)):
+        place, owner = config, None
+    else:  # only the settings tell where a journal is that does not lie beside them, and whose
+        options = load_options(settings, environ or {})
+        place, owner = journal_place(options), database_owner(options.db_file)
+    traces = (journal_of(place), staged_path(place))
+    if not any(os.path.lexists(path + suffix) for path in traces for suffix in ("", ".new")):
+        return
+
+    def finish() -> bytes:
+        with hold_setup(place):
             finish_setup(config, load_options(settings, environ or {}))
+        return b""
+
+    if owner:
+        run_as(*owner, finish)
+    else:
+        finish()
 
 
 def stage(options, answers, staged, now, checkpoint) -> list[MadeClient]:
@@ -331,7 +382,10 @@ def stage(options, answers, staged, now, checkpoint) -> list[MadeClient]:
     seal_key = read_seal_key(seal_path) if os.path.exists(seal_path) else os.urandom(32)
     write_durably(staged[seal_path], base64.b64encode(seal_key) + b"\n")
     checkpoint("seal")
-    key = derive_key(options.db_pass, os.urandom(16)) if options.db_pass else ""
+    if options.db_key_file in staged:
+        write_durably(staged[options.db_key_file], os.urandom(32))
+        options = dataclasses.replace(options, db_key_file=staged[options.db_key_file])
+    key = new_database_key(options)
     store = Store.make(staged[options.db_file], key, now)
     try:
         checkpoint("database")
@@ -349,6 +403,8 @@ def stage(options, answers, staged, now, checkpoint) -> list[MadeClient]:
         made = [add_client(idp, client, refuse_client) for client in answers.clients]
         if answers.scopes:
             assign_scopes(idp, LOCAL.acting_as("setup"), account, answers.scopes)
+        if options.tls == "self":
+            put_authority(idp, LOCAL.acting_as("setup"), answers.prepared_ca)
         store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     finally:
         store.close()
@@ -384,30 +440,83 @@ def forbid_found_keys(options: Options, keep_keys: bool):
             )
 
 
+def check_settings_are_there(options: Options):
+    """Raise StartupError if a set-up that cannot write the config file would leave a box whose settings nobody has."""
+    with contextlib.suppress(FileNotFoundError):
+        given = read_config(options.config_file)
+        lost = [
+            option.name
+            for option in OPTIONS
+            if getattr(options, option.attribute) != option.default
+            and option.name not in given
+            and not options.origins.get(option.name, "").startswith(("environment ", "credential "))
+        ]
+        if lost:
+            raise StartupError(
+                f"{options.config_file} cannot be written by this user, and these settings of the set-up are not in "
+                f"it: {', '.join(lost)}"
+            )
+
+
+def write_settings(options: Options, gid: int):
+    """As root, write the config file for a server that runs as another user, whose group may read it."""
+    path = options.config_file
+    check_folder(existing_folder(path))
+    os.makedirs(os.path.dirname(os.path.abspath(path)), mode=0o755, exist_ok=True)
+    temporary = write_beside(path, write_config(options).encode())
+    os.chown(temporary, 0, gid)
+    os.chmod(temporary, 0o640)
+    os.replace(temporary, path)
+    sync_directory(os.path.dirname(os.path.abspath(path)))
+
+
+def make_certificate_files(options: Options):
+    """Make the files of the CA that a set-up has put into the database."""
+    key = database_key(options)
+    store = Store(options.db_file, key)
+    try:
+        auth_ring, admin_ring = (
+            KeyRing(read_ring(path, passphrase)) for path, passphrase, _ in ring_files(options).values()
+        )
+        keep_certificate(Idp(options, store, auth_ring, admin_ring, Seal(read_seal_key(options.seal_key_file))))
+    finally:
+        store.close()
+
+
 def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> list[MadeClient]:
     """Make everything a first start needs; return the clients. Raises StartupError or Problem, and then nothing is.
 
     Every file is written under a staging name and synced; then the journal says "committed", in
-    one rename; then the files take their names. `checkpoint` is called between the steps.
+    one rename; then the files take their names. A config file that is not ours to write stays as it is.
+    `checkpoint` is called between the steps.
     """
-    config = options.config_file
+    config, place = options.config_file, journal_place(options)
     for _, member, wrong in check_clients(options, answers.clients):
         refuse_client(member, wrong)
     make_folder(config)
-    with hold_setup(config):
+    with hold_setup(place):
         finish_setup(config, options)
         forbid_second_setup(options)
         forbid_found_keys(options, answers.keep_keys)
-        if not options.db_pass and not options.no_db_pass:
-            raise StartupError("the database needs db-pass, or no-db-pass = true to keep it unencrypted knowingly")
+        if not options.db_pass and not options.no_db_pass and not options.db_key_file:
+            raise StartupError(
+                "the database needs db-pass or db-key-file, or no-db-pass = true to keep it unencrypted knowingly"
+            )
         if options.db_pass and options.no_db_pass:
             raise StartupError("db-pass and no-db-pass contradict each other")
+        if options.tls == "self":
+            forbid_found_ca(options)
         finals = [
             config, options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file,
             options.db_file,
         ]
+        if options.db_key_file and not os.path.exists(options.db_key_file):
+            finals.insert(1, options.db_key_file)
         if len({os.path.abspath(path) for path in finals}) != len(finals):
             raise StartupError("config, keys and database must be different files")
+        if place != config:
+            check_settings_are_there(options)
+            finals.remove(config)
         for path in finals:
             make_folder(path)
         staged = {path: staged_path(path) for path in finals}
@@ -415,29 +524,35 @@ def set_up(options: Options, answers: Answers, checkpoint=lambda name: None) -> 
         with hold_database(options.db_file):
             files = [(staged[path], os.path.abspath(path)) for path in finals]
             # Before the journal, which names only files that a config file names.
-            write_durably(staged[config], write_config(options).encode())
-            checkpoint("config")
-            write_journal(config, False, files)
+            if place == config:
+                write_durably(staged[config], write_config(options).encode())
+                checkpoint("config")
+            write_journal(place, False, files)
             checkpoint("journal")
             try:
                 made = stage(options, answers, staged, now, checkpoint)
             except BaseException:
                 finish_setup(config, options)
                 raise
-            write_journal(config, True, files)
+            write_journal(place, True, files)
             checkpoint("committed")
             finish_setup(config, options)
+    if options.tls == "self":
+        # The box is set up: what fails from here on, the first start makes.
+        with contextlib.suppress(OSError, StartupError, Unavailable):
+            make_certificate_files(options)
     return made
 
 
 def demo_answers(options: Options) -> tuple[Options, Answers]:
     """Return settings and answers of an unattended trial: every secret is made here."""
     chosen: dict[str, Any] = {"enable_token_refresh": True, "serve_public_auth_files": True}
-    if not options.db_pass and not options.no_db_pass:
+    if not options.db_pass and not options.no_db_pass and not options.db_key_file:
         chosen["db_pass"] = random_handle()
     if not options.oidc_issuer:
-        chosen["oidc_issuer"] = f"http://localhost:{options.auth_port}"
-        chosen["admin_domain_no_ssl"] = True
+        scheme = "https" if options.tls_files("auth")[0] else "http"
+        chosen["oidc_issuer"] = f"{scheme}://localhost:{options.auth_port}"
+        chosen["admin_domain_no_ssl"] = not options.tls_files("admin")[0]
     origins = options.origins | {OPTION_NAMES[name.replace("_", "-")].name: "setup" for name in chosen}
     answers = Answers(
         "admin", "admin@localhost", secrets.token_urlsafe(12),
@@ -506,7 +621,7 @@ def open_idp(options: Options) -> Idp:
     Raises StartupError.
     """
     require_owner(options)
-    store = Store(options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass))
+    store = Store(options.db_file, database_key(options))
     try:
         store.open(functools.partial(without_server, options), options.enable_audit_logging)
         store.open_process_write_lock()  # a running server writes all the time
@@ -536,12 +651,12 @@ def hold_folder(folder: str):
         os.close(descriptor)
 
 
-def back_up(options: Options, path: str, force=False, without_keys=False) -> dict:
+def back_up(options: Options, path: str, force=False, without_keys=False, kind="command") -> dict:
     """Write one file that restores the box, at the machine. See write_backup()."""
     idp = open_idp(options)
     try:
         with hold_folder(os.path.dirname(os.path.abspath(path))):
-            return write_backup(idp, LOCAL.acting_as("machine"), path, force, without_keys)
+            return write_backup(idp, LOCAL.acting_as("machine"), path, force, without_keys, kind)
     finally:
         idp.store.close()
 
@@ -585,19 +700,13 @@ def read_present_state(options: Options) -> tuple[set, int, bool]:
     try:
         check_log(options.db_file)
         # Read-only: if the backup is refused, nothing may have changed, not even a WAL that a crash left.
-        store = Store(
-            options.db_file, read_database_key(options.db_file, options.db_pass, options.no_db_pass), mode="ro"
-        )
+        store = Store(options.db_file, database_key(options), mode="ro")
         return store.revoked_kids(), store.last_issued_ms(), not store.find_log_damage(store.connection)
     except (StartupError, Unavailable, sqlcipher3.Error):
         return set(), 0, False
     finally:
         if store:
             store.close()
-
-
-def rsa_bits_of(options: Options, port_name: str) -> int:
-    return options.token_signing_key_length_rsa if port_name == "auth" else options.admin_token_signing_key_length_rsa
 
 
 def stage_backup(options, source, key, names, staged, checkpoint) -> tuple[int, bool]:
@@ -666,14 +775,16 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
     backup are used if there are none here. Return `restored_from`, `newest_at`, and `knows_revoked`: whether the keys
     revoked here could be read. Raises StartupError, and then nothing has changed.
     """
-    key = read_database_key(source, options.db_pass, options.no_db_pass, is_ours=False)
-    config = options.config_file
+    key = database_key(options, source, is_ours=False)
+    config, place = options.config_file, journal_place(options)
     require_owner(options)
     make_folder(config)
-    with hold_setup(config):
+    with hold_setup(place):
         finish_setup(config, options)
         files = read_backup(source, key)
         if not os.path.exists(config) and "config" in files:
+            if place != config:
+                raise StartupError(f"{config} is missing, and this user cannot write it: write it first, as root")
             options = merge_settings(options, files["config"], f"mad.conf in {source}")
             require_owner(options)
         finals = {name: os.path.abspath(file) for name, file in backup_files(options).items()}
@@ -696,7 +807,7 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
                 ring_locks.enter_context(lock_ring(path))
             if "config" in files:  # before the journal, which names only files that a config file names
                 write_durably(staged["config"], files["config"])
-            write_journal(config, False, placed)
+            write_journal(place, False, placed)
             checkpoint("journal")
             try:
                 newest, knows_revoked = stage_backup(options, source, key, files, staged, checkpoint)
@@ -704,10 +815,14 @@ def restore(options: Options, source: str, checkpoint=lambda name: None) -> dict
             except BaseException:
                 finish_setup(config, options)
                 raise
-            write_journal(config, True, placed)
+            write_journal(place, True, placed)
             checkpoint("committed")
             finish_setup(config, options)
+        touch_marks(options)
     return {"restored_from": source, "newest_at": newest, "knows_revoked": knows_revoked}
+
+
+COPY_SUFFIX = ".before-upgrade"  # of the copies that an upgrade makes of what a new release may change
 
 
 def factory_reset(options: Options) -> list[str]:
@@ -720,11 +835,14 @@ def factory_reset(options: Options) -> list[str]:
     gone = []
     with hold_database(options.db_file):
         # The keys first: without them the rest opens nothing. The database last: its owner is who may run this again.
-        keys = (options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file)
+        keys = [options.seal_key_file, options.token_signing_key_file, options.admin_token_signing_key_file]
+        if options.db_key_file and os.access(os.path.dirname(os.path.abspath(options.db_key_file)), os.W_OK):
+            keys.insert(0, options.db_key_file)  # but a credential of systemd, which is not ours to remove
         forget_mark(options.db_file)
         for path in (
-            *(key + suffix for key in keys for suffix in (".new", "")),
-            *(options.db_file + suffix for suffix in ("-wal", "-shm", "")),
+            *(key + suffix for key in keys for suffix in (".new", COPY_SUFFIX, "")),
+            *((options.self_made_file, options.ca_file) if options.tls == "self" else ()),
+            *(options.db_file + suffix for suffix in ("-wal" + COPY_SUFFIX, COPY_SUFFIX, "-wal", "-shm", "")),
         ):
             try:
                 with os.fdopen(open_owned(path, os.O_RDWR), "r+b") as file:
@@ -743,104 +861,27 @@ def factory_reset(options: Options) -> list[str]:
 
 def describe_keys(options: Options) -> list[dict]:
     """Return a row for each signing key: port, alg, kid, state, since (Unix seconds)."""
-    now, rows = int(time.time()), []
-    for port_name, (path, passphrase, _) in ring_files(options).items():
-        for entry in promote(read_ring(path, passphrase), now, options.key_overlap):
-            key = Key(entry)
-            rows.append({"port": port_name, "alg": key.alg, "kid": key.kid, "state": entry.state, "since": entry.since})
-    return rows
-
-
-def clock_problem(idp: Idp) -> str:
-    """Return why the machine's clock is not to be believed, or nothing: a key would sign too early, or never."""
-    if not idp.check_clock():
-        return "is behind the newest row of the database"
-    known = idp.store.clock_floor()
-    if known > RELEASED_AT and idp.now() > known + CLOCK_FAR:
-        ahead = (idp.now() - known) // 86400
-        return f"is {ahead} days ahead of what was last noted, unless 'clock accept' says that it is right"
-    return ""
+    return list_keys(options, int(time.time()))
 
 
 def rotate_keys(options: Options, ports, algorithms=()) -> list[str]:
-    """Publish a next key beside each that signs, and return the new kids. It signs after `key-overlap` seconds.
-
-    If one ring refuses, none is rotated. A clock that is behind is refused: once it was corrected, the new key would
-    sign before caches know it.
-    """
-    idp, made = open_idp(options), []
+    """Do what rings.rotate() does, at the machine."""
+    idp = open_idp(options)
     try:
-        if why := clock_problem(idp):
-            raise StartupError(f"the clock of this machine {why}: put it right first")
-        with contextlib.ExitStack() as locks:
-            rings = {}
-            for port_name in ports:
-                path, passphrase, _ = ring_files(options)[port_name]
-                locks.enter_context(lock_ring(path))
-                entries = promote(read_ring(path, passphrase), idp.now(), options.key_overlap)
-                signing = {alg_of(entry) for entry in entries if entry.state == "active"}
-                rings[port_name] = entries, sorted(alg for alg in signing if not algorithms or alg in algorithms)
-                if {alg_of(entry) for entry in entries if entry.state == "next"} & set(rings[port_name][1]):
-                    raise StartupError(f"a next key of {port_name} waits to sign already; see microauthd keys list")
-            if not any(rotated for _, rotated in rings.values()):
-                raise StartupError(
-                    f"no key of {' or '.join(ports)} signs with {' or '.join(algorithms)}; see microauthd keys list"
-                )
-            drawn = {
-                port_name: [make_key(alg, rsa_bits_of(options, port_name), 0) for alg in rotated]
-                for port_name, (_, rotated) in rings.items()
-            }
-            now = idp.now()  # making keys takes seconds; all of them wait from one moment
-            staged: dict[str, str] = {}  # a disk that fills up between two rings must not leave one rotated
-
-            def remove_staged():
-                for temporary in filter(os.path.exists, staged.values()):
-                    os.unlink(temporary)
-
-            locks.callback(remove_staged)
-            for port_name, (entries, rotated) in rings.items():
-                if rotated:
-                    path, passphrase, _ = ring_files(options)[port_name]
-                    fresh = [msgspec.structs.replace(key, state="next", since=now) for key in drawn[port_name]]
-                    # The audit row first: an unrecorded change is worse than a record of one that failed.
-                    audit(
-                        idp, LOCAL.acting_as("machine"), "keys_rotated", port_name,
-                        " ".join(Key(entry).kid for entry in fresh),
-                    )
-                    staged[path] = write_beside(path, write_ring([*entries, *fresh], passphrase))
-                    made += [Key(entry).kid for entry in fresh]
-            for path, temporary in staged.items():
-                os.replace(temporary, path)
-                sync_directory(os.path.dirname(os.path.abspath(path)))
+        return rotate(idp, LOCAL.acting_as("machine"), ports, algorithms)
     finally:
         idp.store.close()
-    return made
 
 
 def revoke_key(options: Options, kid: str) -> str:
-    """Take a stolen key out of its ring: no token it signed is good any more, from now on.
-
-    Where it signed, a new one does. Return its port.
-    """
+    """Do what rings.revoke() does, at the machine."""
     idp = open_idp(options)
     try:
-        for port_name, (path, passphrase, _) in ring_files(options).items():
-            with lock_ring(path):
-                entries = read_ring(path, passphrase)
-                if not clock_problem(idp):
-                    entries = promote(entries, idp.now(), options.key_overlap)
-                rest = replace_keys(entries, {kid}, rsa_bits_of(options, port_name), idp.now())
-                if rest == entries and not (port_name == "auth" and idp.store.has_retired_key(kid)):
-                    continue
-                with idp.store.transaction():
-                    idp.store.revoke_kids([kid])
-                    audit(idp, LOCAL.acting_as("machine"), "key_revoked", port_name, kid)
-                if rest != entries:
-                    write_durably(path, write_ring(rest, passphrase))
-                return port_name
+        port_name = revoke(idp, LOCAL.acting_as("machine"), kid)
+        touch_marks(options)
+        return port_name
     finally:
         idp.store.close()
-    raise StartupError(f"there is no key {kid}; see microauthd keys list")
 
 
 def accept_clock(options: Options) -> dict:
@@ -875,6 +916,33 @@ def accept_clock(options: Options) -> dict:
     finally:
         idp.store.close()
     return {"now": now, "ended": ended}
+
+
+def describe_status(options: Options, pid: int, checks: dict[str, bool], local: str) -> StatusObject:
+    """Return how the box is, without changing anything: see gather_status(). Raises StartupError.
+
+    The database is opened read-only: nothing is migrated, and a write-ahead log that a crash left stays.
+    """
+    require_owner(options)
+    if not os.path.exists(options.db_file):
+        raise StartupError(f"there is no database {options.db_file}: nothing is set up here")
+    key, rings = database_key(options), []
+    for path, passphrase, _ in ring_files(options).values():
+        try:
+            rings.append(KeyRing(read_ring(path, passphrase)))
+        except StartupError:
+            checks = {**checks, "keys": False}
+            rings.append(KeyRing([make_key("ES256", 0, 0)]))  # a stand-in, which signs nothing
+    # Without a log and a server, a reader would leave an empty log behind. https://www.sqlite.org/uri.html#uriimmutable
+    is_still = not pid and not os.path.exists(options.db_file + "-wal")
+    store = Store(options.db_file, key, mode="ro&immutable=1" if is_still else "ro")
+    try:
+        return gather_status(Idp(options, store, rings[0], rings[1], Seal(bytes(32))), pid, checks, local)
+    except (Unavailable, sqlcipher3.Error) as error:
+        reason = error.log if isinstance(error, Unavailable) else error
+        raise StartupError(f"the database {options.db_file} cannot be read: {reason}") from None
+    finally:
+        store.close()
 
 
 def describe_log(options: Options) -> str:

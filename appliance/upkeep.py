@@ -19,10 +19,15 @@ from appliance.base.database import Unavailable
 from appliance.base.store import RetiredKey, SCATTERED, SLICE, Store
 from appliance.base.keys import Key, KeyEntry, lock_ring, promote, read_ring, write_ring
 from appliance.base.pages import PAGES
+from appliance.backup import (
+    Schedule, clear_leftovers, hold_backup_folder, is_due, read_schedule, run_schedule, scheduled_prefix,
+)
+from appliance.authority import renew_certificate
 from microauthd import (
-    HERE, ID_TOKEN_TTL, Idp, JWT, LOCAL, Problem, VERSION, audit, bound_audit_log, purge_audit_log, remove_qr_files,
+    HERE, Idp, JWT, LOCAL, Problem, VERSION, audit, bound_audit_log, purge_audit_log, remove_qr_files,
     ring_files, write_refusal_counts,
 )
+from appliance.rings import longest_life
 
 # == Upkeep ====================================================================
 # Purging what has expired, in slices small enough that no writer waits for them.
@@ -47,8 +52,9 @@ def purge(idp: Idp, pause=sleep):
     cutoffs = [
         ("revoked_token", "jti", now - IAT_SKEW), ("login_transaction", "id", now),
         ("authorization_code", "code_sha256", now - 86400), ("client_secret", "id", now),
-        ("browser_session", "id_sha256", now), ("retired_key", "kid", now),
+        ("browser_session", "id_sha256", now), ("admin_session", "id_sha256", now), ("retired_key", "kid", now),
         ("parked_hints", "handle_sha256", now), ("device_failure", "device_sha256", now),
+        ("invitation", "user_id", now),
     ]
     if options.refresh_token_purge_days:
         before = now - options.refresh_token_purge_days * 86400
@@ -147,12 +153,8 @@ def advance_key_states(idp: Idp):
     options, now = idp.options, idp.now()
     if not idp.ring_versions or not idp.check_clock():
         return
-    lives = [
-        options.token_expiration, ID_TOKEN_TTL,
-        *(int(option) for option in idp.store.list_token_lifetimes() if option.isdigit()),
-    ]
     for port_name, (path, passphrase, _) in ring_files(options).items():
-        longest = max(lives) if port_name == "auth" else options.admin_token_expiration
+        longest = longest_life(options, idp.store, port_name)
         with lock_ring(path):
             before = read_ring(path, passphrase)
             promoted = promote(before, now, options.key_overlap)
@@ -202,8 +204,8 @@ class UnpackedProgram:
 
 
 class Upkeep(threading.Thread):
-    """Checks the unpacked program every few seconds, the key rings and the size of the audit log every minute; purges
-    every hour.
+    """Checks the unpacked program every few seconds, the key rings, the certificate and the size of the audit log every
+    minute; purges every hour.
 
     What fails is logged and tried again.
     """
@@ -225,6 +227,7 @@ class Upkeep(threading.Thread):
             self.attempt(self.program.keep)
             if turn * self.INTERVAL % 60 == 0:
                 self.attempt(advance_key_states, self.idp)
+                self.attempt(renew_certificate, self.idp)
                 self.attempt(remove_qr_files, self.idp)
                 if self.idp.options.enable_audit_logging:
                     system = LOCAL.acting_as("system")
@@ -241,6 +244,41 @@ class Upkeep(threading.Thread):
         except Exception as error:
             reason = error.log if isinstance(error, (Problem, Unavailable)) else repr(error)
             self.idp.log("upkeep.failed", "error", what=work.__name__, reason=reason)
+
+
+class BackupThread(threading.Thread):
+    """Makes a backup each `backup-every`, by the time that the server believes. Its work would keep upkeep waiting."""
+
+    INTERVAL = 5
+
+    def __init__(self, idp: Idp):
+        super().__init__(name="backups", daemon=True)
+        self.idp, self.ending = idp, threading.Event()
+
+    def run(self):
+        idp = self.idp
+        if not idp.options.backup_every or self.ending.wait(self.INTERVAL):  # let the start write first
+            return
+        schedule = None
+        while True:
+            try:
+                schedule = schedule or self.begin()
+                if is_due(schedule, idp.now(), idp.options.backup_every):
+                    schedule = run_schedule(idp, schedule, lambda: self.ending.wait(0.01))
+            except Exception as error:
+                if self.ending.is_set():
+                    return  # stop() has closed the database: the next start makes it up
+                reason = error.log if isinstance(error, (Problem, Unavailable)) else repr(error)
+                idp.log("backup.failed", "error", reason=reason)
+                self.ending.wait(60)
+            if self.ending.wait(self.INTERVAL):
+                return
+
+    def begin(self) -> Schedule:
+        """Remove what a backup that was killed has left. Return what is known of the earlier ones."""
+        with contextlib.suppress(Problem, OSError), hold_backup_folder(self.idp.options) as folder:
+            clear_leftovers(folder, scheduled_prefix(self.idp))
+        return read_schedule(self.idp)
 
 
 class RefusalThread(threading.Thread):

@@ -21,7 +21,7 @@ def run_mad():
         args = sys.argv[2:]
     else:
         return
-    # The archive holds mad compiled for one Python version; any other compiles it in 100 ms.
+    # The archive holds mad compiled for the versions that were at hand; any other compiles it in 100 ms.
     sys.path[0] = ARCHIVE + "/site-packages"
     sys.path.insert(0, ARCHIVE + "/pyc/" + sys.implementation.cache_tag)
     try:
@@ -46,7 +46,7 @@ from _imp import extension_suffixes  # noqa: E402
 
 SUFFIX = extension_suffixes()[0]  # .cpython-311-x86_64-linux-gnu.so
 TAG = SUFFIX[1:-3]
-PLATFORM = TAG.split("-", 2)[2]  # x86_64-linux-gnu
+PLATFORM = TAG.split("-", 2)[-1]  # x86_64-linux-gnu
 # A start that could not load the unpacked tree names that tree here before it executes itself again.
 FAILED_TREE_VARIABLE = "MICROAUTHD_DOUBTED_TREE"
 
@@ -154,6 +154,19 @@ def compile_all(paths, folder, tree):
             file.write(MAGIC_NUMBER + b"\1\0\0\0" + source_hash(source) + marshal.dumps(code))  # flags: PEP 552
 
 
+def builds_of(archive):
+    """Return a sentence on the Python versions and platforms that an archive has native modules for."""
+    tags_by_platform = {}
+    for name in archive.namelist():
+        if name.startswith("native/") and ".cpython-" in name:
+            tag = name.rpartition(".cpython-")[2]
+            tags_by_platform.setdefault(name.split("/")[1], set()).add("%s.%s" % (tag[0], tag[1:].partition("-")[0]))
+    return "; ".join(
+        "on %s for CPython %s" % (platform, ", ".join(sorted(tags, key=lambda tag: (len(tag), tag))))
+        for platform, tags in sorted(tags_by_platform.items())
+    )
+
+
 def members_of(archive):
     """Return (name in the archive, path in the tree, size) of each file that this Python on this platform needs."""
     native = "native/" + PLATFORM + "/"
@@ -170,7 +183,7 @@ def members_of(archive):
             continue  # for another Python version
         members.append((name, relative_path, info.file_size))
     if not any(name.startswith(native) and name.endswith(SUFFIX) for name, _, _ in members):
-        fail("this file has no build for %s" % TAG)
+        fail("this file has no build for %s; it has builds %s" % (TAG, builds_of(archive)))
     return members
 
 
@@ -186,22 +199,48 @@ def lock_if_complete(members, tree):
     return lock_tree(tree, exclusively=False) if complete else None
 
 
+BLOCK = 4096  # as in build/delta.py
+
+
+def restore_block(difference, at, base, shift):
+    """Return the block at this place of a module that is stored as its difference from another: build/delta.py."""
+    if shift is None:
+        return difference
+    same = base[at + shift : at + shift + len(difference)]
+    block = int.from_bytes(difference, "little") ^ int.from_bytes(same, "little")
+    return block.to_bytes(len(difference), "little")
+
+
+def read_blocks(archive, name, deltas):
+    """Yield the content of a file of the archive, block by block: little memory may be left for it."""
+    base_name, shifts = deltas.get(name, ("", ()))
+    base = archive.read(base_name) if base_name else b""
+    with archive.open(name) as source:
+        for number, block in enumerate(iter(lambda: source.read(BLOCK), b"")):
+            yield restore_block(block, number * BLOCK, base, shifts[number]) if base_name else block
+
+
 def unpack(archive, members, root, tree):
     """Unpack and compile into a temporary folder, sync it, rename it to `tree`. The caller holds the root's lock."""
     listing = "".join("%s %d %d\n" % (info.filename, info.file_size, info.CRC) for info in archive.infolist())
     if hashlib.sha256(listing.encode()).hexdigest().encode() != archive.comment:
         raise zipfile.BadZipFile("its directory is not the one it was built with")
+    import json
+
+    deltas = json.loads(archive.read("deltas.json"))
     temporary = tempfile.mkdtemp(prefix="tmp.", dir=root)
     try:
         for name, relative_path, _ in members:
             path = os.path.join(temporary, relative_path)
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with archive.open(name) as source, open(path, "xb") as target:
+            with open(path, "xb") as target:
                 # Small writes: the page cache uses large folios for large ones, which later count as resident memory.
-                shutil.copyfileobj(source, target, 1 << 14)
+                target.writelines(read_blocks(archive, name, deltas))
         # Compile now: later starts may run as a user who cannot write here.
         compile_tree(temporary, tree)
         open(os.path.join(temporary, ".lock"), "x").close()
+        # Who may read the cache may read the tree: root unpacks a service's program for the user of that service.
+        os.chmod(temporary, stat.S_IMODE(os.stat(root).st_mode))
         # Sync before the rename: a power cut leaves either a tmp folder or a complete tree.
         os.sync()
         os.rename(temporary, tree)

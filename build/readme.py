@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 import mad  # noqa: E402
 import microauthd  # noqa: E402
+from appliance.base.metrics import METRICS  # noqa: E402
 from appliance.base.settings import OPTIONS  # noqa: E402
 from appliance.commands import COMMANDS  # noqa: E402
 
@@ -73,11 +74,13 @@ def routes_table(routes):
 def guard_of(route):
     """Return who may call the route."""
     name = getattr(route.guard, "__qualname__", "").split(".")[0]
-    if name == "by_scope":
-        return f"scope `{route.guard.scope}`"
+    if hasattr(route.guard, "scope"):
+        others = {"by_scraper": "`metrics-allow` or ", "by_scraper_or_admin": "administrator, `metrics-allow` or "}
+        return f"{others.get(name, '')}scope `{route.guard.scope}`"
     return {
         "anyone": "anyone", "by_client_or_token": "client", "by_confidential_client": "confidential client",
         "by_bearer": "access token", "by_admin": "administrator",
+        "by_console": "session at the console", "by_console_cookie": "session at the console",
         "by_bearer_or_form": "access token, or a form of ours",
     }[name]
 
@@ -174,9 +177,18 @@ def microauthd_table():
     return markdown_table(("Command", "What it does"), rows)
 
 
+def metrics_table():
+    rows = [
+        (f"`{metric.name}`", metric.kind, ", ".join(f"`{label}`" for label in metric.labels), metric.help)
+        for metric in METRICS
+    ]
+    return markdown_table(("Name", "Type", "Labels", "Meaning"), rows)
+
+
 TABLES = {
     "options": options_table, "auth": routes_table(microauthd.AUTH), "admin": routes_table(microauthd.ADMIN),
     "errors": errors_table, "mad": mad_table, "standards": standards_table, "microauthd": microauthd_table,
+    "metrics": metrics_table,
 }
 
 

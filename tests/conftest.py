@@ -1,8 +1,8 @@
 """What tests share, and where it stands.
 
 test_<room or section>.py holds the rules of a room of appliance/ or a section of microauthd.py, as test_store.py and
-test_grants.py do. ADMIN has two files: test_admin.py goes noun by noun, test_admin_every_route.py holds what is true of
-every route. Whole journeys are in test_flows.py and test_browser*.py, the archive in test_pyz.py, the order of the code
+test_grants.py do. ADMIN has three files: test_admin.py goes noun by noun, test_admin_every_route.py holds what is true of
+every route, and test_admin_console.py what a console needs besides. Whole journeys are in test_flows.py and test_browser*.py, the archive in test_pyz.py, the order of the code
 in test_module.py, what README and manual say in test_readme.py, and faults/ is for machines that fail.
 
 Here: an Idp on a temporary database with a clock that tests move, both apps called in process, ADMIN called as an
@@ -34,7 +34,7 @@ from appliance.base.database import derive_key
 from appliance.base.store import AuthorizationCode, LoginTransaction, MAD_ADMIN_ROLE_ID, Store
 from appliance.base.keys import make_key
 from appliance.base.objects import CreateClient, CreateScope, CreateUser
-from appliance.backup import MACHINE
+from appliance.machine import MACHINE
 from appliance.recovery import Answers, FirstClient, back_up, describe_keys, open_idp, set_up
 
 # No deadline: the box is shared, and what is slow once is not wrong.
@@ -106,7 +106,7 @@ def clock():
 
 @pytest.fixture
 def options():
-    return Options(**CHEAP, enable_token_refresh=True, oidc_issuer="https://idp.example", admin_domain="localhost")
+    return Options(**CHEAP, enable_token_refresh=True, oidc_issuer="https://idp.example", admin_domain="localhost", metrics_on_auth=True)
 
 
 @pytest.fixture
@@ -183,15 +183,16 @@ class Caller:
         self.app, self.host = app, host
 
     def __call__(
-        self, method, path, data=None, *, auth=None, bearer=None, json_body=None, headers=(), peer="192.0.2.7"
+        self, method, path, data=None, *, auth=None, bearer=None, json_body=None, headers=(), peer="192.0.2.7",
+        more_environ=(),
     ):
         path, _, query = path.partition("?")
         environ = {
             "REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": path, "QUERY_STRING": query,
             "SERVER_NAME": "localhost", "SERVER_PORT": "80", "SERVER_PROTOCOL": "HTTP/1.1", "HTTP_HOST": self.host,
             "REMOTE_ADDR": peer, "wsgi.url_scheme": "http", "wsgi.errors": io.StringIO(), "microauthd.peer": peer,
-            "microauthd.server": "test", "microauthd.request_id": "r1",
-        }
+            "microauthd.server": "test", "microauthd.request_id": "r1", "microauthd.socket": peer,
+        } | dict(more_environ)
         body = b""
         if json_body is not None:
             body = json.dumps(json_body).encode() if not isinstance(json_body, bytes) else json_body

@@ -247,7 +247,10 @@ class TestUsers:
         assert made.status == 200 and made.json == call("GET", f"/users/{made.json['id']}").json
         assert set(made.json) == {
             "id", "username", "email", "created_at", "lockout_until", "is_active", "email_verified", "totp_enabled",
+            "last_login_at", "is_admin", "roles", "totp_locked_until", "lockout_reason", "lockout_by",
+            "recovery_codes_left",
         }
+        assert (made.json["roles"], made.json["is_admin"]) == ([], False)
         assert (
             made.json["username"], made.json["email"], made.json["is_active"], made.json["email_verified"],
             made.json["totp_enabled"], made.json["lockout_until"],
@@ -617,7 +620,7 @@ class TestClients:
     def test_what_is_not_there_is_404(self, call, path):
         answer = call("GET", path)
         assert (answer.status, answer.json) == (
-            404, {"success": False, "message": m.ERRORS["not_found"][1], "error": "not_found"},
+            404, {"success": False, "message": m.ERRORS["not_found"][1], "error": "not_found", "request_id": "r1"},
         )
 
     def test_every_change_leaves_a_row_that_names_who_and_from_where(self, idp, call, root, service, alice):
@@ -768,7 +771,7 @@ class TestLists:
             page = call("GET", path)
             assert page.headers["x-total-count"] == "7" and len(page.json) <= 3
             seen += [user["username"] for user in page.json]
-            link = re.fullmatch(r'<(\?[^>]*)>; rel="next"', page.headers.get("link", ""))
+            link = re.search(r'<(\?[^>]*)>; rel="next"', page.headers.get("link", ""))
             path = "/users" + link[1] if link else None
         assert seen == [f"user{number}" for number in reversed(range(7))]
 
@@ -1516,7 +1519,7 @@ class TestSessions:
             and told["sub"] == "service"
             and isinstance(told["exp"], int)
         )
-        assert ask(admin_token).status == 403 and ask("nonsense").status == 400
+        assert ask(admin_token).json["kind"] == "admin" and ask("nonsense").status == 400
         call("POST", "/revoke", {"token": machine["access_token"]})
         assert ask(machine["access_token"]).json["active"] is False
         clock.pass_(3600)
@@ -1648,7 +1651,7 @@ class TestAudit:
         assert (
             page.headers["x-total-count"] == "3"
             and "offset=2" in page.headers["link"]
-            and "link" not in call("GET", "/audit-logs?action=role_created&limit=2&offset=2").headers
+            and "next" not in call("GET", "/audit-logs?action=role_created&limit=2&offset=2").headers["link"]
         )
         assert int(call("GET", "/audit-logs?limit=1").headers["x-total-count"]) == len(
             call("GET", "/audit-logs?limit=-1").json

@@ -20,7 +20,7 @@ from appliance.base.objects import ChangeSecret, CreateRole, CreateUser, PurgeTo
 PROTECTED = [
     (method, path, route.takes)
     for route in m.ADMIN.routes
-    if route.guard is not m.anyone
+    if route.guard is m.by_admin
     for method in route.methods
     for path in route.paths
 ]
@@ -28,7 +28,7 @@ PROTECTED = [
 ONLY_JSON = [
     (method, path)
     for route in m.ADMIN.routes
-    if route.takes and FORM not in route.media
+    if route.takes and FORM not in route.media and route.guard is m.by_admin
     for method in route.methods
     for path in route.paths
 ]
@@ -36,9 +36,10 @@ ONLY_JSON = [
 WITHOUT_BODY = [
     (method, path)
     for route in m.ADMIN.routes
-    if route.takes is None and route.form is None and route.guard is not m.anyone
+    if route.takes is None and route.form is None and route.guard is m.by_admin
     for method in route.methods
     for path in route.paths
+    if path != "/sessions/revoke-all"  # it ends the token that asks
 ]
 
 # (media type, octets): what a client may send along where nothing is taken
@@ -105,8 +106,9 @@ class TestEveryProtectedRoute:
         user = log_in(root, scope="openid")
         for token in (None, "x.y.z", user["access_token"], user["id_token"], user["refresh_token"]):
             answer = ask(token)
+            # A token of AUTH is one to the metrics alone, where it lacks the scope.
             assert (
-                answer.status == 401
+                answer.status == (403 if path == "/metrics" and token == user["access_token"] else 401)
                 and answer.headers["www-authenticate"].startswith("Bearer")
                 and "errors" not in answer.json
             )
@@ -143,7 +145,7 @@ class TestEveryProtectedRoute:
     @pytest.mark.parametrize("method, path", WITHOUT_BODY)
     def test_that_takes_no_body_ignores_one(self, admin, admin_token, method, path):
         without = admin(method, path_of(path), bearer=admin_token)
-        assert without.status in (200, 400, 404)
+        assert without.status in (200, 400, 404, 503), "the keys of this server are in no file: 503"
         for media, body in NEEDLESS:
             answer = admin(method, path_of(path), body, bearer=admin_token, headers=[("CONTENT_TYPE", media)])
             assert answer.status == without.status, (media, body)
@@ -197,6 +199,8 @@ class TestEveryChangeLeavesARow:
         "POST /users": ("/users", {"username": "bob", "email": "bob@example.org", "password": OTHER}),
         "PUT /users/<id>": ("/users/alice", {"email": "new@example.org"}),
         "DELETE /users/<id>": ("/users/alice", None),
+        "POST /users/<id>/invitations": ("/users/alice/invitations", {"purpose": "reset"}),
+        "DELETE /invitations/<id>": ("/invitations/{invitation}", None),
         "POST /users/<id>/verify-email": ("/users/alice/verify-email", None),
         "POST /users/deactivate/<id>": ("/users/deactivate/alice", None),
         "POST /users/<id>/deactivate": ("/users/alice/deactivate", None),
@@ -209,6 +213,7 @@ class TestEveryChangeLeavesARow:
         "POST /users/<id>/totp/generate": ("/users/alice/totp/generate", {}),
         "POST /users/<id>/totp/verify": ("/users/carol/totp/verify", {"code": "code"}),
         "POST /users/totp/verify": ("/users/totp/verify", {"user_id": "carol", "code": "code"}),
+        "POST /users/<id>/recovery-codes": ("/users/dora/recovery-codes", None),
         "POST /users/<id>/disable-totp": ("/users/carol/disable-totp", None),
         "POST /users/<id>/<client_id>/disable-totp": ("/users/carol/service/disable-totp", None),
         "POST /roles": ("/roles", {"name": "new"}), "PUT /roles/<id>": ("/roles/ops", {"name": "renamed"}),
@@ -226,9 +231,12 @@ class TestEveryChangeLeavesARow:
         "DELETE /roles/<id>/permissions/<permission_id>": ("/roles/ops/permissions/doc", None),
         "POST /scopes": ("/scopes", {"name": "new"}), "PUT /scopes/<id>": ("/scopes/api:read", {"desc": "d"}),
         "DELETE /scopes/<id>": ("/scopes/api:read", None),
+        "PUT /users/<id>/scopes": ("/users/carol/scopes", {"scope_ids": ["api:read"]}),
+        "PUT /clients/<id>/scopes": ("/clients/service/scopes", {"scope_ids": []}),
         "POST /users/<id>/scopes": ("/users/carol/scopes", {"scope_ids": ["api:read"]}),
         "DELETE /users/<id>/scopes/<scope_id>": ("/users/alice/scopes/api:read", None),
         "DELETE /users/<id>/consents/<client_id>": ("/users/alice/consents/spa", None),
+        "DELETE /clients/<id>/consents": ("/clients/spa/consents", None), "DELETE /consents": ("/consents", None),
         "POST /clients/<id>/scopes": ("/clients/service/scopes", {"scope_ids": ["api:secret"]}),
         "DELETE /clients/<id>/scopes/<scope_id>": ("/clients/service/scopes/api:read", None),
         "POST /scopes/assign-to-user": ("/scopes/assign-to-user", {"user_id": "carol", "scope_id": "api:read"}),
@@ -241,6 +249,7 @@ class TestEveryChangeLeavesARow:
         ),
         "POST /clients": ("/clients", {"client_id": "new", "client_secret": CHOSEN}),
         "PUT /clients/<id>": ("/clients/service", {"display_name": "S"}),
+        "POST /clients/<id>/preview": ("/clients/service/preview", {"user_id": "alice"}),
         "DELETE /clients/<id>": ("/clients/service", None),
         "POST /clients/<id>/revoke": ("/clients/service/revoke", None),
         "POST /clients/secret": ("/clients/secret", {"client_id": "service", "new_secret": CHOSEN}),
@@ -265,6 +274,8 @@ class TestEveryChangeLeavesARow:
         "PUT /admin/clients/<id>/idp/<idp_id>": ("/admin/clients/service/idp/{idp}", {"provider_key": "x"}),
         "DELETE /clients/<id>/idp/<idp_id>": ("/clients/service/idp/{idp}", None),
         "DELETE /admin/clients/<id>/idp/<idp_id>": ("/admin/clients/service/idp/{idp}", None),
+        "DELETE /browser-sessions/<id>": ("/browser-sessions/{browser}", None),
+        "POST /sessions/revoke-all": ("/sessions/revoke-all", None),
         "DELETE /sessions/<jti>": ("/sessions/{jti}", None), "POST /revoke": ("/revoke", {"token": "{token}"}),
         "POST /introspect": ("/introspect", {"token": "{token}"}),
         "DELETE /refresh-tokens/<id>": ("/refresh-tokens/{refresh}", None),
@@ -272,9 +283,10 @@ class TestEveryChangeLeavesARow:
         "POST /refresh-tokens/purge": ("/refresh-tokens/purge", {}),
         "POST /audit-logs/purge": ("/audit-logs/purge", {"older_than_days": 1}),
     }
-    WITH_FILES = {"POST /backup", "DELETE /backup/<name>"}  # test_backup holds them to the same
+    # test_backup and test_rings hold them to the same
+    WITH_FILES = {"POST /backup", "DELETE /backup/<name>", "POST /keys/rotate", "POST /keys/<kid>/revoke"}
     READ_ONLY = {
-        "POST /users/verify-password", "POST /check-access", "POST /token",
+        "POST /users/verify-password", "POST /check-access", "POST /clients/<id>/uris/check", "POST /token",
     }  # the first and the last write down what fails, the last what succeeds
 
     def test_the_table_has_every_route_that_changes_something(self):
@@ -283,7 +295,7 @@ class TestEveryChangeLeavesARow:
             for route in m.ADMIN.routes
             for method in route.methods
             for path in route.paths
-            if method != "GET"
+            if method != "GET" and not path.startswith("/dashboard/session")  # test_console.py has their rows
         }
         assert declared == set(self.CHANGES) | self.READ_ONLY | self.WITH_FILES
 
@@ -310,8 +322,13 @@ class TestEveryChangeLeavesARow:
             )
         }
         made["idp"] = call("POST", "/clients/service/idp", {"provider_key": "x"}).json["id"]
+        made["invitation"] = call("POST", "/users/alice/invitations", {}).json["id"]
+        new_user("dora")
+        idp.store.set_totp(idp.store.find_account_by_name("dora").id, "sealed", idp.now())
         made["secret"] = call("GET", "/clients/service/secrets").json[0]["id"]
         m.give_consent(idp, m.LOCAL, idp.store.find_account(alice.id), m.get_client(idp, "spa"), ["openid"])
+        m.begin_browser_session(idp, m.LOCAL, idp.store.find_account(alice.id), ["pwd"], idp.now(), None)
+        made["browser"] = call("GET", "/browser-sessions").json[0]["id"]
         token = log_in(alice, public)
         made |= {
             "token": token["access_token"], "jti": token["jti"],
@@ -804,7 +821,8 @@ class TestBigTables:
         while offset is not None:
             page = call("GET", f"/users?q=u0&limit=700&offset={offset}&sort=-username")
             found += [user["username"] for user in page.json]
-            offset = int(re.search(r"offset=(\d+)", page.headers["link"])[1]) if "link" in page.headers else None
+            link = re.search(r'offset=(\d+)>; rel="next"', page.headers.get("link", ""))
+            offset = int(link[1]) if link else None
         assert found == sorted(found, reverse=True) and len(found) == len(set(found)) == 2500 == int(
             page.headers["x-total-count"]
         )

@@ -2,7 +2,9 @@
 
 import dataclasses
 import hashlib
+import io
 import os
+import re
 import resource
 import signal
 import threading
@@ -10,18 +12,25 @@ import time
 
 import jwt
 import microauthd as m
+import msgspec
 import pytest
 from box import Box
-from conftest import FILES, PASSWORD, Caller, die, fresh_machine, in_child, kids, made, opened, states
+from conftest import DAY, FILES, PASSWORD, Caller, die, fresh_machine, in_child, kids, made, opened, states
 from appliance import backup
 from appliance.base import StartupError
 from appliance.base.clock import RELEASED_AT
+from appliance.base.log import Log
 from appliance.base.database import read_database_key
 from appliance.base.store import Store
 from appliance.base.objects import CreateUser
 from appliance.backup import (
-    MACHINE, check_copy, delete_backup, hold_backup_folder, make_backup, read_backup_piece, write_backup,
+    Schedule, check_copy, delete_backup, hold_backup_folder, is_due, make_backup, read_backup_piece, read_schedule,
+    run_schedule, scheduled_prefix, write_backup,
 )
+from appliance.machine import MACHINE
+from appliance.base.metrics import show_metrics
+from appliance.status import gather_status
+from appliance.upkeep import BackupThread
 from appliance.recovery import back_up, describe_keys, open_idp, restore
 
 
@@ -222,7 +231,19 @@ class TestOverAdmin:
             and hashlib.sha256(content).hexdigest() == made.json["sha256"]
             and len(content) == made.json["bytes"]
         )
+        (path.parent / "another.file").write_bytes(b"x")
+        (path.parent / "microauthd-20260101T000000Z-0000000a.backup").symlink_to(tmp_path / "token.pem")
+        (path.parent / "microauthd-20250101T000000Z-00000001.backup").write_bytes(b"1234")
+        listed = call("GET", "/backup").json
+        assert listed == [
+            {"name": path.name, "created_at": listed[0]["created_at"], "bytes": made.json["bytes"],
+             "sha256": made.json["sha256"], "kind": "admin"},
+            {"name": "microauthd-20250101T000000Z-00000001.backup", "created_at": "2025-01-01T00:00:00Z", "bytes": 4,
+             "sha256": None, "kind": "admin"},
+        ]
+        assert abs(m.read_time(listed[0]["created_at"]) - call.idp.now()) < 60
         assert call("DELETE", f"/backup/{path.name}").status == 200 and not path.exists()
+        assert path.name not in {row["name"] for row in call("GET", "/backup").json}
         assert [row.action for row in call.idp.store.list_audit(limit=2)] == [
             "backup_deleted", "backup_made",
         ] and call.idp.store.list_audit("backup_made", 1)[0].actor_id == m.get_user(call.idp, "root").id
@@ -296,6 +317,233 @@ class TestOverAdmin:
         ):
             with pytest.raises(m.Problem, match="not_found"):
                 call()
+
+
+class TestBackupsByThemselves:
+    """backup-every and backup-keep: made by the server, verified, and only then are older ones removed."""
+
+    @pytest.fixture
+    def idp(self, house, tmp_path, clock):
+        options = dataclasses.replace(
+            house, backup_folder=str(tmp_path / "backups"), backup_every=DAY, backup_keep=3, token_purge_days=0
+        )
+        clock.now = float(int(time.time()))
+        idp = opened(options, clock)
+        idp.log = Log(stream=io.StringIO())
+        yield idp
+        idp.store.close()
+
+    @pytest.fixture
+    def run(self, idp):
+        """Make the backup that is due, if one is."""
+
+        def call(pause=lambda: False):
+            schedule = read_schedule(idp)
+            if is_due(schedule, idp.now(), idp.options.backup_every):
+                run_schedule(idp, schedule, pause)
+            return read_schedule(idp)
+
+        return call
+
+    def names(self, idp):
+        return sorted(os.listdir(idp.options.backup_folder))
+
+    def said(self, idp):
+        return idp.log.logger.handlers[0].stream.getvalue()
+
+    def test_one_is_made_a_day_and_restores(self, idp, run, clock, tmp_path, house):
+        times = []
+        for _ in range(5):
+            times.append(run().made_at)
+            clock.pass_(DAY / 2)
+        assert times[0] == times[1] and times[2] == times[3] == times[0] + DAY and times[4] == times[0] + 2 * DAY
+        assert len(self.names(idp)) == 3 and self.said(idp).count("backup.made") == 3
+        status = gather_status(idp, 0, {})
+        assert status.last_backup.kind == "schedule" and status.last_backup.name == self.names(idp)[-1]
+        assert status.backups.next_at == m.iso(times[0] + 3 * DAY) and not status.attention
+        idp.store.close()
+        restore(house, str(tmp_path / "backups" / self.names(idp)[0]))
+        assert [row["state"] for row in describe_keys(house)] == ["active"] * 3
+
+    def test_one_is_made_up_of_those_that_were_missed(self, idp, run, clock):
+        due = run().next_at
+        clock.now = due + 9 * DAY + 5  # the box was off
+        assert run().next_at == clock.now + DAY and len(self.names(idp)) == 2
+        run()
+        assert len(self.names(idp)) == 2
+
+    def test_a_late_one_does_not_shift_the_next(self, idp, run, clock):
+        due = run().next_at
+        clock.now = due + 600.0
+        assert run().next_at == due + DAY
+
+    @pytest.mark.parametrize("change", [-400 * DAY, 0])
+    def test_a_plan_of_a_clock_that_ran_ahead_does_not_hold(self, idp, run, clock, change):
+        run()
+        clock.pass_(change)
+        run()
+        assert len(self.names(idp)) == (2 if change else 1)
+
+    def test_the_oldest_go_when_the_new_one_stands_and_nobody_elses(self, idp, run, clock, tmp_path):
+        folder = tmp_path / "backups"
+        folder.mkdir(mode=0o700)
+        others = [
+            "microauthd-scheduled-ffffffff-000001-20200101T000000Z.backup",  # another box's
+            "microauthd-20200101T000000Z-00000000.backup",  # asked for over ADMIN
+            "microauthd-scheduled-ffffffff-000002-20200102T000000Z.backup.backing-up",  # which it is writing
+            scheduled_prefix(idp) + "000001-20200101T000000Z.backup.old", "box.backup", "notes.txt",
+        ]
+        for name in others:
+            (folder / name).write_text("x")
+        made = []
+        for _ in range(6):
+            run()
+            (new,) = set(self.names(idp)) - set(made) - set(others)
+            made.append(new)
+            clock.pass_(DAY)
+            assert set(self.names(idp)) == {*made[-3:], *others}
+        assert made == sorted(made)
+        assert [row.target for row in idp.store.list_audit("backup_deleted", 9)] == made[2::-1]
+
+    def test_the_number_and_not_the_clock_says_which_is_old(self, idp, run, clock):
+        for _ in range(3):
+            run()
+            clock.pass_(DAY)
+        before = self.names(idp)
+        clock.pass_(-300 * DAY)
+        run()
+        assert self.names(idp)[:2] == before[1:] and len(self.names(idp)) == 3
+
+    @pytest.mark.parametrize(
+        "case, reason",
+        [
+            ("others can write", "can be written by others"), ("a file", "Not a directory|File exists"),
+            ("no parent", "not there"), ("full", "no room"), ("no key", "seal.key"), ("a damaged key", "token.pem"),
+            ("unplugged", "nothing is mounted"), ("no folder", "not set"),
+        ],
+    )
+    def test_what_fails_is_said_and_leaves_nothing(self, idp, run, clock, tmp_path, monkeypatch, case, reason):
+        folder = tmp_path / "backups"
+        run()
+        before = states(folder)
+        clock.pass_(DAY)
+        if case == "others can write":
+            folder.chmod(0o777)
+        elif case == "a file":
+            idp.options = dataclasses.replace(idp.options, backup_folder=str(tmp_path / "mad.conf"))
+        elif case == "no parent":
+            idp.options = dataclasses.replace(idp.options, backup_folder=str(tmp_path / "gone" / "backups"))
+        elif case == "no folder":
+            idp.options = dataclasses.replace(idp.options, backup_folder="")
+        elif case == "full":
+            real = os.fstatvfs
+            monkeypatch.setattr(
+                os, "fstatvfs", lambda fd: os.statvfs_result((*real(fd)[:4], 1, *real(fd)[5:]))
+            )
+        elif case == "no key":
+            (tmp_path / "seal.key").unlink()
+        elif case == "a damaged key":
+            (tmp_path / "token.pem").write_bytes((tmp_path / "token.pem").read_bytes()[:-40])
+        else:
+            schedule = read_schedule(idp)
+            schedule.mount = str(tmp_path)  # which nothing is mounted on
+            idp.store.put_meta("backup_schedule", msgspec.json.encode(schedule).decode())
+        after = run()
+        assert re.search(reason, after.failure) and (after.tries, after.failures) == (1, 1), after
+        assert states(folder) == before and not (tmp_path / "gone").exists()
+        (found,) = gather_status(idp, 0, {}).attention
+        assert found.code == "backup_failed" and after.failure in found.text and "backup.failed" in self.said(idp)
+        counted = show_metrics(idp.counters.totals())
+        for outcome in ("success", "failure"):
+            assert re.search(f'^microauthd_backups_total{{.*"{outcome}".*}} 1$', counted, re.M), counted
+
+    def test_a_full_disk_leaves_no_half_file_and_the_older_ones(self, idp, tmp_path, run, clock):
+        run()
+        clock.pass_(DAY)
+        before = states(tmp_path / "backups")
+        size = len(next(iter(before.values())))
+
+        def work():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size - 4096, size - 4096))
+            run()
+
+        assert in_child(work) == 0
+        assert states(tmp_path / "backups") == before
+
+    def test_it_is_tried_again_later_and_later_and_well_again_nothing_is_left_of_it(self, idp, run, clock, tmp_path):
+        (tmp_path / "seal.key").rename(tmp_path / "away")
+        waits = []
+        for _ in range(9):
+            waits.append(run().next_at - idp.now())
+            clock.now = read_schedule(idp).next_at - 1.0
+            assert run().tries == len(waits)
+            clock.pass_(1)
+        assert waits == [60, 120, 240, 480, 960, 1920, 3600, 3600, 3600]
+        (tmp_path / "away").rename(tmp_path / "seal.key")
+        after = run()
+        assert (after.failure, after.tries, after.failed_at, after.failures) == ("", 0, 0, 9)
+        assert gather_status(idp, 0, {}).attention == []
+
+    def test_of_a_broken_audit_log_one_stands_and_the_older_ones_too(self, idp, run, clock):
+        for _ in range(3):
+            run()
+            clock.pass_(DAY)
+        before = self.names(idp)
+        idp.store.connection.execute("UPDATE audit SET target = 'forged' WHERE seq = 2")
+        after = run()
+        assert "row 2 was altered" in after.failure and after.next_at > idp.now() + DAY / 2
+        assert len(self.names(idp)) == 4 and self.names(idp)[:3] == before
+
+    @pytest.mark.parametrize("name", ["check_copy", "check_restorable", "sync_directory", "remove_old_backups"])
+    def test_a_kill_in_the_middle_leaves_no_rubbish_after_the_next_start(self, idp, run, clock, tmp_path, name):
+        for _ in range(3):
+            run()
+            clock.pass_(DAY)
+        before = self.names(idp)
+        idp.store.close()  # a child must not inherit a connection
+
+        def work():
+            child = opened(idp.options, clock)
+            setattr(backup, name, die)
+            run_schedule(child, read_schedule(child), lambda: False)
+
+        assert in_child(work) == signal.SIGKILL
+        again = opened(idp.options, clock)
+        again.log = idp.log
+        try:
+            BackupThread(again).begin()
+            stands = name in ("sync_directory", "remove_old_backups")
+            assert self.names(again)[:3] == before and len(self.names(again)) == 3 + stands
+            run_schedule(again, read_schedule(again), lambda: False)
+            assert len(self.names(again)) == 3 and not {before[0]} & {*self.names(again)}
+        finally:
+            again.store.close()
+
+    def test_one_that_a_stop_cuts_off_is_no_failure(self, idp, run, tmp_path):
+        (tmp_path / "seal.key").unlink()
+        assert run(pause=lambda: True) == Schedule() and "backup.failed" not in self.said(idp)
+
+    def test_of_a_database_without_encryption_it_holds_no_keys(self, tmp_path, monkeypatch, clock):
+        monkeypatch.chdir(tmp_path)
+        options = dataclasses.replace(
+            made(tmp_path, db_pass="", no_db_pass=True), backup_folder=str(tmp_path / "b"), backup_every=DAY
+        )
+        idp = opened(options)
+        run_schedule(idp, Schedule(), lambda: False)
+        idp.store.close()
+        (path,) = (tmp_path / "b").iterdir()
+        assert b"PRIVATE KEY" not in path.read_bytes()
+
+    def test_the_server_makes_them(self, tmp_path):
+        with Box(tmp_path / "data", workers="1", backup_every="hourly", backup_keep="2") as box:
+            folder, end = tmp_path / "data" / "backups", time.monotonic() + 30
+            while not (folder.exists() and list(folder.glob("*.backup"))) and time.monotonic() < end:
+                time.sleep(0.05)
+            (path,) = folder.iterdir()
+            assert path.stat().st_mode & 0o777 == 0o600
+            status = box.admin("GET", "/status", bearer=box.admin_token()).json
+            assert status["last_backup"]["name"] == path.name and status["backups"]["every"] == 3600
+            assert box.admin("GET", f"/backup/{path.name}", bearer=box.admin_token()).body[:16]
 
 
 class TestBackup:

@@ -59,7 +59,7 @@ def page(box, browser):
 
 def sign_in(page, password=PASSWORD):
     page.get_by_label("User name").fill("ann")
-    page.get_by_label("Password").fill(password)
+    page.get_by_label("Password", exact=True).fill(password)
     page.get_by_role("button", name="Sign in").click()
 
 

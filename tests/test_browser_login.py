@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import os
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -68,7 +69,8 @@ def application():
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory, application):
-    box = Box(tmp_path_factory.mktemp("login") / "data", workers="1", brand_name="The Box", enable_token_refresh="true")
+    box = Box(tmp_path_factory.mktemp("login") / "data", workers="1", brand_name="The Box", enable_token_refresh="true",
+              login_help="Call extension 4711.")
     box.settings["oidc-issuer"] = f"http://127.0.0.1:{box.auth_port}"
     with box:
         bearer = box.admin_token()
@@ -188,7 +190,7 @@ def look(page, name):
 
 def sign_in(page, name, password=PASSWORD):
     page.get_by_label("User name").fill(name)
-    page.get_by_label("Password").fill(password)
+    page.get_by_label("Password", exact=True).fill(password)
     page.get_by_role("button", name="Sign in").click()
 
 
@@ -220,9 +222,9 @@ class TestJourneys:
         sign_in(page, name, "wrong wrong")
         expect(page.get_by_role("alert")).to_contain_text("wrong")
         expect(page.get_by_label("User name")).to_have_value(name)
-        expect(page.get_by_label("Password")).to_be_focused()
+        expect(page.get_by_label("Password", exact=True)).to_be_focused()
         look(page, "wrong_password")
-        page.get_by_label("Password").fill(PASSWORD)
+        page.get_by_label("Password", exact=True).fill(PASSWORD)
         page.keyboard.press("Enter")
         assert arrived(page, application)["code"]
 
@@ -251,7 +253,7 @@ class TestJourneys:
         page, (name, seed) = visit(), with_totp()
         twice = f"() => {{ const form = document.forms[0]; form.submit(); setTimeout(() => form.submit(), {pause}) }}"
         page.get_by_label("User name").fill(name)
-        page.get_by_label("Password").fill(PASSWORD)
+        page.get_by_label("Password", exact=True).fill(PASSWORD)
         page.evaluate(twice)
         expect(page.get_by_role("heading")).to_have_text("Second factor")
         page.get_by_label("Code").fill(pyotp.TOTP(seed).now())
@@ -409,14 +411,94 @@ class TestJourneys:
         page.goto(page.url_of(prompt="none"))
         assert arrived(page, application)["error"] == "login_required"
 
-    def test_the_error_page(self, visit):
+    def test_the_error_page_names_the_request_and_leads_on(self, visit):
         page = visit(path="/authorize?client_id=nobody")
         expect(page.get_by_role("heading")).to_have_text("This did not work")
+        assert re.search(r"quote this number.*: [0-9a-f]{8,}", page.locator("main").inner_text())
         look(page, "error")
+        page.get_by_role("link", name="Go to your account").click()
+        expect(page.get_by_role("heading")).to_have_text("Sign in")
+
+    @pytest.mark.parametrize("scripts", [True, False])
+    def test_cancel_not_you_and_forgotten(self, visit, person, with_totp, application, scripts):
+        page, (name, _) = visit("third", java_script_enabled=scripts), with_totp()
+        page.get_by_text("Forgotten?").click()
+        expect(page.get_by_text("Call extension 4711.")).to_be_visible()
+        page.get_by_role("button", name="Cancel").click()
+        assert arrived(page, application)["error"] == "access_denied"
+        page.go_back()
+        sign_in(page, name)
+        expect(page.get_by_text(f"Signing in as {name}")).to_be_visible()
+        page.get_by_role("button", name="Not you?").click()
+        expect(page.get_by_role("heading")).to_have_text("Sign in")
+        sign_in(page, person())
+        expect(page.get_by_role("heading")).to_have_text("Permission")
+        expect(page.get_by_text("A Third Party")).to_be_visible()
+        page.get_by_role("button", name="Not you?").click()
+        expect(page.get_by_label("Password", exact=True)).to_be_visible()
+
+    def test_a_password_is_shown_while_one_wants_and_hidden_when_it_is_sent(self, visit, person):
+        page = visit()
+        field = page.get_by_label("Password", exact=True)
+        expect(field).to_be_attached()
+        field.fill("wrong wrong")
+        page.keyboard.press("Tab")
+        expect(page.get_by_role("button", name="Show password")).to_be_focused()
+        page.keyboard.press("Space")
+        expect(field).to_have_attribute("type", "text")
+        expect(field).to_have_value("wrong wrong")
+        page.get_by_role("button", name="Hide password").click()
+        expect(field).to_have_attribute("type", "password")
+        page.get_by_role("button", name="Show password").click()
+        page.evaluate("document.forms[0].addEventListener('submit', e => { e.preventDefault() })")
+        page.get_by_label("User name").fill(person())
+        page.get_by_label("User name").press("Enter")
+        expect(field).to_have_attribute("type", "password")
+
+    def test_recovery_codes_are_copied_saved_and_printed(self, visit, person, application):
+        page, name = visit("bank"), person()
+        sign_in(page, name)
+        seed = page.locator(".secret").inner_text().replace(" ", "")
+        page.get_by_label("Code").fill(pyotp.TOTP(seed).now())
+        page.keyboard.press("Enter")
+        expect(page.locator(".codes code")).to_have_count(10)
+        codes = page.locator(".codes code").all_inner_texts()
+        page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page.get_by_role("button", name="Copy").click()
+        expect(page.get_by_role("status")).to_have_text("Copied.")
+        assert page.evaluate("navigator.clipboard.readText()").split() == codes
+        with page.expect_download() as download:
+            page.get_by_role("link", name="Save as file").click()
+        saved = download.value.path().read_text().split("\n")
+        assert download.value.suggested_filename == "recovery-codes.txt" and saved[0] == f"The Box, {name}"
+        assert [line for line in saved[1:] if line] == codes
+        page.evaluate("window.print = () => { document.title = 'printed' }")
+        page.get_by_role("button", name="Print").click()
+        expect(page).to_have_title("printed")
+        page.emulate_media(media="print")
+        assert page.locator(".codes").is_visible() and page.get_by_text(f"The Box, {name}").is_visible()
+        assert not page.get_by_role("button").count()
+
+    def test_the_account_page_says_where_and_when(self, visit, person, application):
+        page, name = visit(path="/"), person()
+        sign_in(page, name)
+        expect(page.get_by_role("heading", level=1)).to_have_text("Your account")
+        expect(page.locator(".rows")).to_contain_text("Chrome on Linux, this browser")
+        expect(page.locator(".rows time")).to_have_text("just now")
+        expect(page.locator(".rows time")).to_have_attribute("title", re.compile(r"20[0-9]{2}"))
+        page.get_by_label("Current password").first.fill("wrong wrong")
+        page.get_by_label("New password").fill("another battery staple")
+        page.get_by_role("button", name="Change password").click()
+        expect(page.get_by_label("Current password").first).to_be_focused()
+        expect(page.get_by_label("Current password").first).to_have_accessible_description(re.compile("is wrong"))
+        look(page, "account_wrong")
+        page.get_by_role("button", name="Sign out").click()
+        page.get_by_role("link", name="Sign in again").click()
+        expect(page.get_by_role("heading")).to_have_text("Sign in")
 
 
 class TestEveryScreen:
-    @pytest.mark.parametrize("width, scheme", [(320, "light"), (320, "dark"), (900, "dark")])
+    @pytest.mark.parametrize("width, scheme", [(320, "light"), (320, "dark"), (900, "dark"), (2560, "light")])
     def test_narrow_and_dark(self, visit, person, with_totp, application, width, scheme):
         page, (name, seed) = visit("third", width=width, scheme=scheme), with_totp()
         look(page, f"{scheme}-sign_in")

@@ -13,7 +13,7 @@ from box import Box, CHEAP, PROGRAM, ROOT
 from appliance.base import StartupError
 from appliance.base.files import Identity
 from appliance.base.settings import OPTIONS
-from appliance.commands import COMMANDS, CommandLine, become_owner, become_user, main, wipe_environment
+from appliance.commands import COMMANDS, HERE, CommandLine, become_owner, become_user, main, wipe_environment
 from appliance.recovery import recover_setup, write_journal
 
 
@@ -183,7 +183,8 @@ class TestCommandLine:
     @pytest.mark.parametrize(
         "argv, status",
         [
-            (["version"], 0), (["--help"], 0), (["nonsense"], 2), (["serve", "--nonsense"], 2), (["serve", "extra"], 2),
+            (["version"], 0), (["licenses"], 0), (["licenses", "extra"], 2),
+            (["--help"], 0), (["nonsense"], 2), (["serve", "--nonsense"], 2), (["serve", "extra"], 2),
             (["serve", "--db-pass", "x"], 2),
         ],
     )
@@ -334,7 +335,18 @@ class TestBecomingTheOwner:
         with pytest.raises(StartupError, match="root cannot become that user here"):
             become_owner(str(tmp_path / "service" / "mad.conf"), {})
 
-    def test_a_database_elsewhere_counts_where_the_settings_are_roots(self, root, tmp_path, monkeypatch):
+    def test_the_cache_that_root_unpacked_for_the_user_is_kept(self, root, tmp_path, monkeypatch):
+        (tmp_path / "service").mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+        environ = {"MICROAUTHD_CACHE": str(HERE.parent), "CACHE_DIRECTORY": str(tmp_path)}
+        become_owner(str(tmp_path / "service" / "mad.conf"), environ)
+        assert environ == {"MICROAUTHD_CACHE": str(HERE.parent)}
+
+    @pytest.mark.parametrize("command, becomes", [("options", True), ("serve", True), ("setup", False)])
+    def test_a_database_elsewhere_counts_where_the_settings_are_roots(
+        self, root, tmp_path, monkeypatch, command, becomes
+    ):
+        """But for a set-up, which writes settings as root: see TestRootsSettings."""
         (tmp_path / "service").mkdir()
         (tmp_path / "mad.conf").write_text(f"db-file = {tmp_path}/service/mad.db3\n")
         (tmp_path / "mad.conf").chmod(0o640)
@@ -349,8 +361,10 @@ class TestBecomingTheOwner:
         if os.getuid():  # the file is root's, as the kernel would say it
             monkeypatch.setattr("appliance.base.files.current_identity", lambda: Identity(os.getuid(), frozenset()))
         path = str(tmp_path / "mad.conf")
-        become_user(CommandLine({"config": (path, "flag")}, [], [], {}), path)
-        assert ("setuid", 12345) in root and seen.index(str(tmp_path)) < seen.index(str(tmp_path / "service"))
+        become_user(command, CommandLine({"config": (path, "flag")}, [], [], {}), path)
+        assert (("setuid", 12345) in root) is becomes
+        if becomes:
+            assert seen.index(str(tmp_path)) < seen.index(str(tmp_path / "service"))
 
     def test_settings_from_a_pipe_are_read_once(self, root, tmp_path, monkeypatch, capsys):
         reader, writer = os.pipe()

@@ -97,7 +97,7 @@ class TestOpening:
     def test_the_tools_of_sqlcipher_open_it_with_the_passphrase(self, encrypted):
         connection = sqlcipher3.connect(str(encrypted))
         connection.execute("PRAGMA key = 'right phrase'")
-        assert connection.execute("SELECT count(*) FROM scope").fetchone() == (5,)
+        assert connection.execute("SELECT count(*) FROM scope").fetchone() == (6,)
         connection.close()
 
     def test_nothing_of_it_is_readable(self, encrypted):

@@ -2,9 +2,13 @@
 
 import json
 import os
+import re
+import signal
 import ssl
 import stat
 import subprocess
+import time
+import urllib.error
 import urllib.request
 from datetime import datetime, timedelta, timezone
 from urllib.parse import quote
@@ -13,7 +17,7 @@ import jwt
 import pytest
 from box import Box
 
-BOX = {"serve_public_auth_files": "true"}
+BOX = {"serve_public_auth_files": "true", "metrics_allow": "127.0.0.1", "workers": 2}
 REFRESH = {"grant_type": "refresh_token"}
 
 
@@ -294,3 +298,82 @@ class TestCommands:
         done = Box(tmp_path).run("serve")
         assert done.returncode == 1 and "setup" in done.stderr and os.listdir(tmp_path) == []
 
+
+
+class TestBesideTheBox:
+    """mad in the folder of a box that serves, without any address"""
+
+    def test_a_token_that_was_revoked_here_is_never_handed_out_again(self, box):
+        box.mad("session", "login", "--username", "root", "--password-stdin", input=box.PASSWORD + "\n")
+        bearer = box.admin_token()
+        made = box.admin("POST", "/clients", json_body={"client_id": "meter", "scopes": []}, bearer=bearer).json
+
+        def get(*words):
+            done = box.run(
+                "mad", "token", "get", *words, MAD_CLIENT_ID="meter", MAD_CLIENT_SECRET=made["client_secret"]
+            )
+            assert done.returncode == 0 and done.stderr == "", done
+            return done.stdout.strip()
+
+        token = get()
+        assert get() == token
+        assert box.auth("/revoke", {"token": token}, client=("meter", made["client_secret"])).status == 200
+        second = get()
+        assert second != token and get() == second
+        assert box.admin("POST", f"/clients/{made['id']}/revoke", bearer=bearer).status == 200
+        third = get()
+        assert third not in (token, second) and get() == third
+        assert box.auth("/introspect", {"token": third}, client=box.client).status == 200
+        assert get("--fresh") != third
+
+
+def scrape(box, headers=()):
+    request = urllib.request.Request(f"http://127.0.0.1:{box.admin_port}/metrics", headers=dict(headers))
+    with urllib.request.urlopen(request) as response:
+        return response.read().decode()
+
+
+def read_metric(text, name):
+    return sum(float(value) for value in re.findall(rf"(?m)^{re.escape(name)}(?:\{{.*\}})? (\S+)$", text))
+
+
+class TestMetrics:
+    """GET /metrics of a box with several processes"""
+
+    def test_every_process_counts_and_its_successor_goes_on(self, box):
+        before = read_metric(scrape(box), "microauthd_tokens_issued_total")
+        for _ in range(30):
+            assert box.token().status == 200
+        after = scrape(box)
+        assert read_metric(after, "microauthd_tokens_issued_total") == before + 30
+        assert read_metric(after, "microauthd_workers_alive") == read_metric(after, "microauthd_workers_configured") == 3
+        for worker in box.pids()[1:]:  # ADMIN, which answers, is one of them
+            os.kill(worker, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                found = scrape(box)
+                restarts, alive = (
+                    read_metric(found, f"microauthd_{name}") for name in ("worker_restarts_total", "workers_alive")
+                )
+                if restarts == alive == 3 and box.auth("/health").status == 200:
+                    break
+            except OSError:
+                time.sleep(0.1)
+        found = scrape(box)
+        assert read_metric(found, "microauthd_tokens_issued_total") == before + 30
+        assert read_metric(found, "microauthd_worker_restarts_total") == 3
+        for name in ("database_size_bytes", "start_timestamp_seconds", "http_request_duration_seconds_count", "disk_free_bytes"):
+            assert read_metric(found, f"microauthd_{name}") > 0, name
+        assert 'microauthd_clock_state{state="right"} 1\n' in found
+
+    @pytest.mark.parametrize("name", ["X-Forwarded-For", "Forwarded", "Via", "X-Real-IP", "x-forwarded-for"])
+    def test_whoever_speaks_for_others_is_no_address(self, box, name):
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            scrape(box, {name: "127.0.0.1"})
+
+    def test_what_no_route_saw_counts_too(self, box):
+        before = read_metric(scrape(box), "microauthd_http_refusals_total")
+        with pytest.raises(urllib.error.HTTPError, match="431"):
+            scrape(box, {"X": "y" * 20_000})
+        assert read_metric(scrape(box), "microauthd_http_refusals_total") == before + 1

@@ -6,6 +6,8 @@ import logging
 import os
 import re
 import shutil
+import socket
+import struct
 
 import time
 import pytest
@@ -82,6 +84,81 @@ class TestLine:
             len(lines(said(*((level, level, {}) for level in ("debug", "info", "warning", "error")), log_level=least)))
             == heard
         )
+
+
+def entry(datagram):
+    """What the journal makes of a datagram. https://systemd.io/JOURNAL_NATIVE_PROTOCOL/"""
+    fields = {}
+    while datagram:
+        name, _, rest = datagram.partition(b"\n")
+        (length,) = struct.unpack("<Q", rest[:8])
+        assert re.fullmatch(rb"[A-Z][A-Z0-9_]{0,63}", name) and rest[8 + length : 9 + length] == b"\n"
+        fields[name.decode()] = rest[8 : 8 + length].decode()
+        datagram = rest[9 + length :]
+    return fields
+
+
+class TestJournal:
+    """systemd.journal-fields(7)"""
+
+    @pytest.fixture
+    def journal(self, tmp_path):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+            journal.bind(str(tmp_path / "journal"))
+            journal.settimeout(5)
+            yield journal
+
+    @pytest.mark.parametrize(
+        "level, priority", [("debug", 7), ("info", 6), ("notice", 5), ("warning", 4), ("error", 3)]
+    )
+    def test_an_event_has_its_level_and_its_fields(self, journal, level, priority):
+        log = Log(Options(log_file="", log_level="debug"), journal=journal.getsockname())
+        log("refused", level, peer="192.0.2.1", reason="two words\nPRIORITY=0", kid=None)
+        assert entry(journal.recv(9000)) == {
+            "PRIORITY": str(priority), "SYSLOG_IDENTIFIER": "microauthd", "MICROAUTHD_EVENT": "refused",
+            "MICROAUTHD_PEER": "192.0.2.1", "MICROAUTHD_REASON": "two words\\nPRIORITY=0", "MICROAUTHD_KID": "None",
+            "MESSAGE": 'refused peer=192.0.2.1 reason="two words\\\\nPRIORITY=0"',
+        }
+
+    def test_a_traceback_has_its_lines(self, journal):
+        try:
+            1 / 0
+        except ZeroDivisionError as error:
+            Log(Options(log_file=""), journal=journal.getsockname())("bug", "error", exc_info=error)
+        told = entry(journal.recv(90000))
+        assert told["MICROAUTHD_TRACEBACK"].split("\n")[0].startswith("Traceback") and "\n" not in told["MESSAGE"]
+
+    @pytest.mark.parametrize("case", ["nobody listens", "too long"])
+    def test_what_it_does_not_take_goes_to_stderr_with_its_level(self, journal, tmp_path, capsys, case):
+        path = journal.getsockname() if case == "too long" else str(tmp_path / "nobody")
+        Log(Options(log_file=""), journal=path)("disk", "error", reason="x" * (500_000 if case == "too long" else 1))
+        assert capsys.readouterr().err.startswith("<3>disk reason=x")
+
+
+class TestWhere:
+    """Where a line goes: to the file, to the console, to the journal."""
+
+    @pytest.mark.parametrize(
+        "chosen, options, file, out, err",
+        [
+            (False, {}, 1, 0, 1),  # nothing said: what collects the output has the lines too
+            (True, {}, 1, 0, 0), (True, {"log_file": ""}, 0, 0, 1),
+            (False, {"docker": True}, 0, 1, 0), (True, {"docker": True}, 1, 0, 0),
+            (True, {"docker": True, "log_file": ""}, 0, 1, 0),
+        ],
+    )
+    def test_without_a_terminal(self, tmp_path, monkeypatch, capsys, chosen, options, file, out, err):
+        monkeypatch.chdir(tmp_path)
+        Log(Options({"log-file": "mad.conf:1"} if chosen else {}, **options))("event")
+        path = tmp_path / "microauthd.log"
+        told = capsys.readouterr()
+        written = path.read_text() if path.exists() else ""
+        assert [text.count(" event") for text in (written, told.out, told.err)] == [file, out, err]
+
+    def test_a_terminal_has_them_too(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+        Log(Options({"log-file": "mad.conf:1"}, log_file=str(tmp_path / "log")))("event")
+        assert " event" in capsys.readouterr().err
 
 
 class TestFlood:

@@ -4,6 +4,7 @@ import html
 import json
 import re
 import threading
+from base64 import b64decode
 from html.parser import HTMLParser
 from urllib.parse import parse_qsl, urlencode
 
@@ -18,7 +19,7 @@ from appliance.base.settings import Options
 from appliance.base.database import Unavailable
 from appliance.base.keys import make_key
 from appliance.base.objects import UpdateClient
-from appliance.base.pages import PAGES
+from appliance.base.pages import PAGES, describe_age, describe_browser
 
 NEW_PASSWORD = "another battery staple"
 UNMET = "unmet_authentication_requirements"
@@ -88,7 +89,7 @@ def exchange(auth):
 
 ALLOWED = {
     "html", "head", "meta", "title", "link", "script", "body", "header", "img", "span", "main", "h1", "p", "strong",
-    "form", "input", "label", "button", "ul", "li", "code",
+    "form", "input", "label", "button", "ul", "li", "code", "div", "section", "a", "br", "time", "details", "summary",
 }
 
 
@@ -1533,6 +1534,136 @@ class TestConsent:
         assert m.issue_code(idp, m.LOCAL, client, asked, account, ["pwd"], idp.now())
 
 
+class TestWaysOut:
+    """Cancel, "not you?" and "forgotten?"; RFC 6749 §4.1.2.1, OpenID Connect Core §3.1.2.1."""
+
+    @pytest.fixture
+    def third(self, register):
+        return register("third", is_first_party=False, display_name="Third & Co")
+
+    def way(self, browser, path):
+        """The number of the form of the page that leads there."""
+        actions = [form["action"] for form in browser.forms().forms]
+        return actions.index("https://idp.example" + path)
+
+    @pytest.fixture
+    def at(self, idp, third, register, alice, browser):
+        """A browser at a step of a login."""
+        register("bank", flags={"ENABLE_TOTP": ""})
+
+        def call(step):
+            if step == "totp":
+                seed = m.begin_totp(idp, m.LOCAL, idp.store.find_account(alice.id))
+                SECRETS.add(seed)
+                account = idp.store.find_account(alice.id)
+                m.confirm_totp(idp, m.LOCAL, account, pyotp.TOTP(seed).at(idp.now()))
+            browser.open(request("bank" if step == "enrol" else "third", state="st&te"))
+            if step == "select":
+                browser.submit(username="alice", password=PASSWORD)
+                browser.open(request("third", state="st&te", prompt="select_account"))
+            elif step != "password":
+                browser.submit(username="alice", password=PASSWORD)
+            return {
+                "password": "Sign in", "totp": "Second factor", "enrol": "Set up a second factor",
+                "consent": "Permission", "select": "Choose an account",
+            }[step] == title(browser.answer)
+
+        return call
+
+    @pytest.mark.parametrize("step", ["password", "totp", "enrol", "select"])
+    def test_cancel_sends_back_to_the_client_each_time(self, at, browser, step):
+        assert at(step)
+        number = self.way(browser, "/login/cancel")
+        page = browser.answer
+        for _ in range(2):  # a double click, or "back" and once more
+            browser.answer = page
+            location, members = sent_back(browser.submit(number))
+            assert location == CALLBACK and members["iss"] == "https://idp.example"
+            assert (members["error"], members["state"]) == ("access_denied", "st&te")
+
+    def test_after_cancel_the_browsers_back_leads_to_the_login_again(self, at, browser):
+        assert at("password")
+        page = browser.answer
+        browser.submit(self.way(browser, "/login/cancel"))
+        browser.answer = page
+        assert title(browser.submit(username="alice", password=PASSWORD)) == "Permission"
+
+    @pytest.mark.parametrize("step", ["totp", "enrol", "consent"])
+    def test_not_you_leads_back_to_the_password_and_nothing_proven_stays(self, at, browser, exchange, idp, step):
+        assert at(step) and "alice" in browser.answer.body.decode()
+        number, page = self.way(browser, "/login/other"), browser.answer
+        for _ in range(2):
+            browser.answer = page
+            assert title(browser.submit(number)) == "Sign in" and b'value="alice"' not in browser.answer.body
+        tx = browser.forms().forms[0]["fields"]["tx"]
+        login = idp.store.find_login(tx, m.sha256(browser.cookies["__Host-mad-login"]), idp.now())
+        assert (login.state, login.user_id, login.amr, login.auth_time, login.proven_ms) == ("password", None, "", 0, 0)
+
+    def test_another_account_gets_the_code(self, at, browser, exchange, new_user):
+        bob = new_user("bob")
+        assert at("consent")
+        browser.submit(self.way(browser, "/login/other"))
+        assert title(browser.submit(username="bob", password=PASSWORD)) == "Permission"
+        assert b"<strong>bob</strong>" in browser.answer.body
+        bought = exchange(code_of(browser.submit(button=("decision", "allow"))), "third").json
+        assert jwt.decode(bought["id_token"], options={"verify_signature": False})["sub"] == bob.id
+
+    @pytest.mark.parametrize("path", ["/login/other", "/login/cancel"])
+    def test_neither_is_done_without_the_forms_token_or_in_another_browser(self, at, browser, other, path):
+        assert at("totp")
+        fields = browser.forms().forms[self.way(browser, path)]["fields"]
+        for form in ("", "x", fields["form"][:-1] + "~"):
+            assert browser("POST", path, fields | {"form": form}).status == 403
+        assert other("POST", path, fields).status == 404
+        assert title(browser.open("/totp?tx=" + fields["tx"])) == "Second factor"
+
+    def test_the_login_of_the_account_page_has_no_client_to_cancel_to(self, alice, browser):
+        browser.open("/account")
+        fields = browser.forms().forms[0]["fields"]
+        assert b"/login/cancel" not in browser.answer.body
+        assert browser("POST", "/login/cancel", {"tx": fields["tx"], "form": fields["form"]}).status == 400
+
+    @pytest.mark.parametrize(
+        "uri, shown",
+        [
+            ("https://app.example/cb", "app.example"), ("https://app.example:8443/cb", "app.example:8443"),
+            ("http://127.0.0.1/cb", "an application on this device"), ("http://[::1]/cb", "an application on this device"),
+            ("com.example.app:/cb", "an application on this device"),
+        ],
+    )
+    def test_consent_names_the_application_and_its_host(self, register, alice, browser, uri, shown):
+        register("there", is_first_party=False, display_name="Third & Co", uris=[uri])
+        for page in (
+            browser.open(request("there", redirect_uri=uri)), browser.submit(username="alice", password=PASSWORD)
+        ):
+            assert f'<span class="hint">{shown}</span>' in page.body.decode()
+            assert "<strong>Third &amp; Co</strong>" in page.body.decode()
+
+    @pytest.mark.parametrize(
+        "answer, shown",
+        [
+            ("Call 4711 & ask.", "<p>Call 4711 &amp; ask.</p>"), ("mailto:help@example.org", 'href="mailto:help@example.org"'),
+            ("https://help.example/?a=1&b=2", 'href="https://help.example/?a=1&amp;b=2"'),
+            ("javascript:alert(1)", "<p>javascript:alert(1)</p>"), ("", ""),
+        ],
+    )
+    def test_forgotten_is_answered_as_the_operator_says(self, make_idp, answer, shown):
+        browser = Browser(
+            m.App(make_idp(Options(**CHEAP, oidc_issuer="https://idp.example", login_help=answer)), m.AUTH)
+        )
+        page = browser.open("/account").body.decode()
+        assert shown in page and ("Forgotten?" in page) is bool(answer)
+
+    def test_the_picture_of_an_application_is_the_operators_file(self, make_idp, tmp_path, new_client):
+        (tmp_path / "logos").mkdir()
+        (tmp_path / "logos" / "a%2Fb.svg").write_text("<svg/>")
+        (tmp_path / "secret.png").write_text("secret")
+        (tmp_path / "logos" / "large.png").write_bytes(b"x" * 65537)
+        pages = make_idp(Options(**CHEAP, oidc_issuer="https://idp.example", pages_folder=str(tmp_path))).pages
+        assert pages.picture("a/b") == "data:image/svg+xml;base64,PHN2Zy8+"
+        assert pages.picture("../secret") == pages.picture("large") == pages.picture("none") == ""
+
+
 class TestConsentRevoked:
     """A consent can be taken back, and what was issued on it ends with it. RFC 6749 §1.4, §10.3; RFC 7009 §2"""
 
@@ -2921,10 +3052,10 @@ class TestToldInTheLog:
     def test_a_redirect_uri(self, spa, register, browser, line, came):
         register("other", uris=["https://other.example/cb"])
         page = browser("GET", request(redirect_uri=came))
-        assert self.is_silent(page, came) and "The log of this server has the cause under the number r1" in page.body.decode()
+        assert self.is_silent(page, came) and "has the cause: <code>r1</code>" in page.body.decode()
         assert f"<{came}>; the nearest is <{CALLBACK}>" in line() and "request_id=r1" in line() and "spa" in line()
         page = browser("GET", request(redirect_uri=came, ui_locales="de"), headers=[("Accept-Language", "de")])
-        assert "Das Protokoll dieses Servers nennt die Ursache unter der Nummer r1" in page.body.decode()
+        assert "die Ursache hat: <code>r1</code>" in page.body.decode()
 
     def test_it_is_escaped_and_cut(self, spa, browser, line):
         browser("GET", request(redirect_uri="https://app.example/ü\n2026 \x1b[2J>; the nearest is <https://x"))
@@ -3146,6 +3277,54 @@ class TestAccount:
         assert browser.submit(self.form(browser, "begin_totp"), password="wrong").status == 403
         page = browser.submit(self.form(browser, "confirm_totp"), totp=pyotp.TOTP(seed).at(idp.now()))
         assert page.status == 200 and idp.store.find_account(alice.id).totp_sealed
+
+    @pytest.mark.parametrize(
+        "language, past, said",
+        [
+            ("en", 0, "just now"), ("en", -100, "just now"), ("en", 60, "a minute ago"), ("en", 3599, "59 minutes ago"),
+            ("en", 7200, "2 hours ago"), ("de", 86400, "gestern"), ("de", 3 * 86400, "vor 3 Tagen"),
+            ("en", 31 * 86400, "on 2026-"),
+        ],
+    )
+    def test_moments_are_said_as_people_say_them(self, idp, language, past, said):
+        at = 1_790_000_000
+        assert describe_age(past, at - past, idp.pages.texts[language]).startswith(said)
+
+    @pytest.mark.parametrize(
+        "user_agent, said",
+        [
+            ("Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/142.0.0.0 Safari/537.36", "Chrome on Linux"),
+            ("Mozilla/5.0 (Windows NT 10.0) AppleWebKit/537.36 Chrome/142.0 Safari/537.36 Edg/142.0", "Edge on Windows"),
+            ("Mozilla/5.0 (Android 15; Mobile; rv:144.0) Gecko/144.0 Firefox/144.0", "Firefox on Android"),
+            ("Mozilla/5.0 (iPhone; CPU iPhone OS 18_0 like Mac OS X) AppleWebKit Version/18.0 Safari/604.1", "Safari on iPhone"),
+            ("curl/8.14.1", "curl"), ("a browser", "a browser"), ("", "Unknown browser"), ("<b>" + "x" * 99, "<b>" + "x" * 37),
+        ],
+    )
+    def test_a_user_agent_is_said_as_people_know_it(self, idp, user_agent, said):
+        assert describe_browser(user_agent, idp.pages.texts["en"]) == said
+
+    def test_sessions_say_when_and_an_error_stands_at_its_field(self, spa, alice, browser, clock, exchange):
+        exchange(code_of(sign_in(browser)))
+        clock.pass_(7200)
+        page = browser.open("/account").body.decode()
+        assert re.search(r'signed in <time datetime="[0-9TZ:-]+">2 hours ago</time>', page)
+        assert "active <time" in page and "At least 8 characters" in page
+        for fields, field in (({"password": "wrong"}, "password"), ({"password": PASSWORD}, "new_password")):
+            page = browser.submit(self.form(browser, "password"), **{"new_password": "short"} | fields).body.decode()
+            tied = re.findall(r'<input id="(\w+)"[^>]*aria-describedby="[^"]*password_error"[^>]*aria-invalid="true"', page)
+            assert tied == [field] and page.count('id="password_error"') == page.count('role="alert"') == 1
+
+    def test_recovery_codes_can_be_kept_without_a_script(self, idp, spa, alice, browser):
+        sign_in(browser)
+        browser.open("/account")
+        page = browser.submit(self.form(browser, "begin_totp"), password=PASSWORD)
+        seed = re.search(rb'class="secret">([A-Z2-7 ]+)<', page.body)[1].decode().replace(" ", "")
+        SECRETS.add(seed)
+        page = browser.submit(self.form(browser, "confirm_totp"), totp=pyotp.TOTP(seed).at(idp.now())).body.decode()
+        codes = re.findall(r"<li><code>([^<]+)</code>", page)
+        SECRETS.update(codes)
+        file = re.search(r'href="data:text/plain;charset=utf-8;base64,([^"]+)" download="', page)[1]
+        assert b64decode(html.unescape(file)).decode().split() == ["idp.example,", "alice", *codes]
 
     def test_sessions_and_logins_are_ended(self, auth, spa, alice, browser, other, exchange):
         bought = exchange(code_of(sign_in(browser))).json

@@ -4,11 +4,13 @@ The journeys against a real server stand in test_flows.
 """
 
 import ast
+import base64
 import contextlib
 import datetime
 import dis
 import hashlib
 import http.server
+import itertools
 import json
 import os
 import re
@@ -26,6 +28,7 @@ import mad
 import pexpect
 import pytest
 from box import ROOT
+from appliance.base.shared import ChangeMarks
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -170,6 +173,7 @@ def words_of(command):
             command.at_least_one and option is next(one for one in command.options if not one.required)
         ):
             value = {"flag": "true", "number": "99", "token": TOKEN}.get(option.kind, USER["id"])
+            value = option.choices[0] if option.choices else value
             words += ["--" + option.name, "permanent" if option.name == "until" else value]
     return words
 
@@ -183,14 +187,18 @@ ASKING = [
 
 # == Wire =======================================================================
 
-def make_certificate(folder):
+def common_name(name):
+    return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
+
+
+def make_certificate(folder, host="localhost"):
     key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    name = common_name(host)
     now = datetime.datetime.now(datetime.timezone.utc)
     builder = x509.CertificateBuilder(
         name, name, key.public_key(), 1, now - datetime.timedelta(hours=1), now + datetime.timedelta(hours=1)
     )
-    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), False).add_extension(
+    builder = builder.add_extension(x509.SubjectAlternativeName([x509.DNSName(host)]), False).add_extension(
         x509.BasicConstraints(True, None), True
     )
     path = folder / "certificate.pem"
@@ -370,6 +378,40 @@ class TestAddresses:
 
         monkeypatch.setattr(socket, "create_connection", refuse)
         assert ("in clear" in here("user", "list", "--admin-url", f"http://{host}:9").stderr) is warned
+
+    def test_an_authority_of_ones_own_needs_no_key_identifiers(self, here, raw, tmp_path, monkeypatch):
+        """RFC 5280 §4.2.1.1; Python 3.13 and newer refuse it by default"""
+        key, authority = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+        at, issuer = datetime.datetime.now(datetime.UTC), common_name("an authority of mine")
+        days = (at - datetime.timedelta(1), at + datetime.timedelta(1))
+        own = x509.CertificateBuilder(issuer, issuer, authority.public_key(), 1, *days).add_extension(
+            x509.BasicConstraints(True, None), True
+        )
+        (tmp_path / "ca.pem").write_bytes(own.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+        leaf = x509.CertificateBuilder(issuer, common_name("localhost"), key.public_key(), 2, *days).add_extension(
+            x509.SubjectAlternativeName([x509.DNSName("localhost")]), False
+        )
+        (tmp_path / "leaf.pem").write_bytes(
+            leaf.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+            + key.private_bytes(
+                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+            )
+        )
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / "leaf.pem")
+        raw(OK + b"Content-Length: 2\r\n\r\n[]", context=context)
+        made = ssl.create_default_context
+
+        def as_python_3_13(**words):
+            strict = made(**words)
+            strict.verify_flags |= ssl.VERIFY_X509_STRICT
+            return strict
+
+        monkeypatch.setattr(ssl, "create_default_context", as_python_3_13)
+        done = here(
+            "user", "list", "--admin-url", f"https://localhost:{raw.port}", MAD_CA_FILE=str(tmp_path / "ca.pem")
+        )
+        assert done.returncode == 0, done.stderr
 
     def test_https_trusts_the_authorities_it_is_told(self, here, raw, tmp_path):
         certificate = make_certificate(tmp_path)
@@ -1024,6 +1066,146 @@ class TestTokenCache:
         assert stat.S_IMODE(os.stat(os.path.dirname(cache.folder)).st_mode) == 0o700 and cache.find(1_000_000)
 
 
+class TestMarks:
+    """A token that was revoked here is not handed out again."""
+
+    TOKENS = tuple(
+        "eyJhbGciOiJub25lIn0."
+        + base64.urlsafe_b64encode(json.dumps({"jti": jti, "exp": 4102444800}).encode()).decode().rstrip("=")
+        + ".AAAA"
+        for jti in ("first", "second")
+    )
+
+    @pytest.fixture
+    def beside(self, here, fake, tmp_path, monkeypatch):
+        """Run mad token get in the folder of a server, whose next tokens are TOKENS."""
+        monkeypatch.chdir(tmp_path)
+        tokens = itertools.cycle(self.TOKENS)
+        fake.answer = lambda method, path: (200, {"access_token": next(tokens), "expires_in": 9999}, {})
+
+        def get(*words):
+            done = here("token", "get", *words, MAD_AUTH_URL=fake.url, MAD_CLIENT_ID="a", MAD_CLIENT_SECRET="s")
+            assert done.returncode == 0 and done.stderr == ""
+            return self.TOKENS.index(done.stdout.strip())
+
+        get.marks = ChangeMarks("tokens.marks", fake.server_port)
+        return get
+
+    @pytest.mark.parametrize("key, asked", [("first", 1), ("", 1), ("another", 0)])
+    def test_a_token_is_asked_for_again_when_its_mark_has_changed(self, beside, fake, key, asked):
+        assert beside() == beside() == 0 and len(fake.seen) == 1, "a check costs no request"
+        beside.marks.touch(key)
+        assert beside() == beside() == asked and len(fake.seen) == 1 + asked
+
+    def test_and_after_each_start_of_the_server(self, beside, fake):
+        assert beside() == 0
+        ChangeMarks("tokens.marks", fake.server_port)
+        assert beside() == beside() == 1
+
+    def test_marks_of_another_server_or_of_nobody_known_say_nothing(self, beside, fake, monkeypatch):
+        assert beside() == 0
+        ChangeMarks("tokens.marks", 1)
+        assert beside() == 0
+        beside("--no-cache")
+        ChangeMarks("tokens.marks", fake.server_port)
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)
+        assert mad.Context.marks(mad.Context({}, ()), mad.Url(fake.url)) is not None, "root's are believed"
+        os.chown("tokens.marks", 4712, -1)
+        assert mad.Context.marks(mad.Context({}, ()), mad.Url(fake.url)) is None
+
+    @pytest.mark.parametrize("content", [b"", b"madmark1", b"x" * 99, b"madmark1" + bytes(90)])
+    def test_a_damaged_file_of_marks_is_none(self, beside, content, tmp_path):
+        (tmp_path / "tokens.marks").write_bytes(content)
+        assert beside() == beside() == 0
+
+    def test_a_token_of_before_is_asked_for_again(self, beside, tmp_path):
+        (tmp_path / "tokens.marks").rename(tmp_path / "away")
+        assert beside() == 0
+        (tmp_path / "away").rename(tmp_path / "tokens.marks")
+        assert beside() == 1
+
+    def test_fresh_replaces_what_is_kept_wherever_the_server_is(self, beside, tmp_path):
+        (tmp_path / "tokens.marks").unlink()
+        assert beside() == 0 and beside("--fresh") == 1 and beside() == 1
+
+
+class TestBox:
+    """Beside a box mad finds it by its mad.conf."""
+
+    @pytest.mark.parametrize(
+        "conf, admin, auth",
+        [
+            ("", "http://localhost:9041", "http://localhost:9040"),
+            ("admin-port = 81 # port\nauth-port=80", "http://localhost:81", "http://localhost"),
+            ("auth-ip = 0.0.0.0\nadmin-ip = ::1", "http://localhost:9041", "http://localhost:9040"),
+            ("auth-ip = 192.0.2.7\nadmin-ip = 2001:db8::7", "http://[2001:db8::7]:9041", "http://192.0.2.7:9040"),
+            (
+                'auth-ssl-cert = "c.pem"\nadmin-ssl-cert-file = c.pem\nauth-domain = id.example:8443\nadmin-domain = box.local',
+                "https://box.local:9041", "https://id.example:9040",
+            ),
+            ("auth-ssl-cert = c\noidc-issuer = https://id.example:1/auth", "http://localhost:9041", "https://id.example:9040"),
+            ("; auth-port = 1\nauth-port = x\nnonsense", "http://localhost:9041", "http://localhost:9040"),
+        ],
+    )
+    def test_its_ports_and_names(self, tmp_path, monkeypatch, conf, admin, auth):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "mad.conf").write_text(conf)
+        (tmp_path / "mad.conf").chmod(0o600)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        for name in ("MAD_ADMIN_URL", "MAD_AUTH_URL", "MAD_CONFIG"):
+            monkeypatch.delenv(name, raising=False)
+        context = mad.Context({}, ())
+        assert (context.admin_url().text, context.auth_url().text) == (admin, auth)
+
+    def test_what_is_said_wins(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("MAD_ADMIN_URL", raising=False)
+        (tmp_path / "mad.conf").write_text("admin-port = 81\nauth-port = 80")
+        (tmp_path / "mad.conf").chmod(0o600)
+        assert mad.Context({}, ()).admin_url().text == "http://localhost:81"
+        mad.Profile().save(TOKEN, "http://localhost:82")
+        assert mad.Context({}, ()).admin_url().text == "http://localhost:82"
+        monkeypatch.setenv("MAD_ADMIN_URL", "http://localhost:83")
+        assert mad.Context({}, ()).admin_url().text == "http://localhost:83"
+        assert mad.Context({"admin-url": "http://localhost:84"}, ()).admin_url().text == "http://localhost:84"
+
+    @pytest.mark.parametrize("mode, owner", [(0o602, 0), (0o620, 0), (0o600, 4711)])
+    def test_a_file_that_others_could_have_written_names_no_server(self, tmp_path, monkeypatch, mode, owner):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "mad.conf").write_text("auth-port = 80")
+        (tmp_path / "mad.conf").chmod(mode)
+        os.chown(tmp_path / "mad.conf", owner, -1)
+        assert mad.Box.find() is None
+
+    @pytest.mark.parametrize(
+        "path, db_file, folder",
+        [
+            ("mad.conf", "data/mad.db3", "{here}/data"), ("/etc/microauthd/mad.conf", "", "/var/lib/microauthd"),
+            ("/etc/microauthd/mad.conf", "/srv/box/mad.db3", "/srv/box"), ("/opt/box/mad.conf", "mad.db3", "/opt/box"),
+        ],
+    )
+    def test_its_data_folder(self, tmp_path, monkeypatch, path, db_file, folder):
+        monkeypatch.chdir(tmp_path)
+        assert mad.Box(path, {"db-file": db_file}).folder == folder.format(here=tmp_path)
+
+    def test_its_own_authority_is_trusted_there_and_its_name_need_not_resolve(self, here, tmp_path, raw, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(make_certificate(tmp_path, "box.invalid"))
+        raw(OK + b"Content-Length: 2\r\n\r\n{}", context=context)
+        (tmp_path / "mad.conf").write_text(
+            f"admin-ssl-cert-file = c.pem\nadmin-domain = box.invalid\nadmin-port = {raw.port}\n"
+        )
+        (tmp_path / "mad.conf").chmod(0o600)
+        ask = ("role", "get", "--id", USER["id"], "--json")
+        assert "no secure connection" in here(*ask).stderr + here(*ask).stdout
+        os.rename(tmp_path / "certificate.pem", tmp_path / "ca.pem")
+        assert here(*ask).returncode == 0, here(*ask)
+        (tmp_path / "ca.pem").chmod(0o666)
+        assert here(*ask).returncode == 4
+
+
 # == Arguments ==================================================================
 
 class TestArguments:
@@ -1460,7 +1642,7 @@ class TestConfirmation:
             command.name
             for command in mad.COMMANDS
             if command.name.split()[-1].startswith(("delete", "purge", "disable-"))
-            or command.name in ("user revoke", "client revoke")
+            or command.name in ("user revoke", "client revoke", "session revoke-all", "sessionctl revoke-all", "key revoke")
         }
         assert marked == destructive
 
@@ -1592,6 +1774,28 @@ class TestTokenGet:
         done = run("token", "get", MAD_CLIENT_ID="a", MAD_CLIENT_SECRET="s")
         assert (done.returncode, done.stdout) == (3, "")
         assert done.stderr == "mad: error: no\nmad: hint: check the client id and its secret\n"
+
+
+class TestHistory:
+    """mad status history"""
+
+    ANSWER = {"from": "2027-01-15T08:00:00Z", "step": 60, "series": {"tokens": [3, 0, None] * 40, "logins": [None] * 120}}
+
+    def test_points_are_added_up_until_they_fit_a_screen_and_a_gap_is_no_zero(self, here, fake):
+        fake.answers["GET /status/history"] = 200, self.ANSWER, {}
+        done = here("status", "history", "--range", "1d", MAD_ADMIN_URL=fake.url)
+        lines = done.stdout.splitlines()
+        assert done.returncode == 0 and len(lines) == 61
+        assert [line.split()[-2:] for line in lines[:4]] == [["TOKENS", "LOGINS"], ["3", "-"], ["3", "-"], ["0", "-"]]
+        assert lines[1].startswith("2027-01-15 08:00:00 ") and lines[2].startswith("2027-01-15 08:02:00 ")
+        assert fake.seen[0][1] == "/status/history?range=1d"
+        assert json.loads(here("status", "history", "--json", MAD_ADMIN_URL=fake.url).stdout) == self.ANSWER
+
+    @pytest.mark.parametrize("answer", [{}, {"from": "x", "step": 1, "series": {}}, ANSWER | {"series": 5}])
+    def test_another_answer_is_no_traceback(self, here, fake, answer):
+        fake.answers["GET /status/history"] = 200, answer, {}
+        done = here("status", "history", MAD_ADMIN_URL=fake.url)
+        assert done.returncode == 4 and "no figures" in done.stderr
 
 
 class TestEnrolment:
@@ -1870,6 +2074,45 @@ class TestBackup:
 
 # == Commands ===================================================================
 
+class TestStatus:
+    """What needs attention is told to people, and by the exit status to scripts."""
+
+    WELL = {
+        "state": "well", "version": "1.0", "since": "2026-11-29T10:00:00Z", "pid": 7,
+        "workers": {"expected": 3, "running": 3}, "endpoints": [{"name": "auth", "address": "::1", "port": 9040}],
+        "issuer": "https://box.example", "clock": {"state": "right", "now": "2026-11-29T11:00:00Z"},
+        "certificate": {"not_after": "2026-12-05T14:00:00Z", "fingerprint": "ab" * 32},
+        "last_backup": {"at": "2026-11-28T03:00:00Z", "name": "b.backup", "bytes": 4_200_000, "kind": "schedule"},
+        "disk": {"free": 3_100_000_000, "total": 10**10, "database": 41_000_000, "wal": 0, "log": 12}, "attention": [],
+    }
+    LOW = {"code": "disk_low", "severity": "warning", "since": None, "text": "1 MB is\x1b[2J free", "command": ""}
+
+    def test_of_a_box_that_is_well(self, here, fake):
+        fake.answers["GET /status"] = (200, self.WELL, {})
+        done = here("status", MAD_ADMIN_URL=fake.url)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.splitlines() == [
+            "microauthd 1.0 is well", "since:        2026-11-29 10:00:00Z", "processes:    supervisor 7, 3 of 3 others",
+            "auth:         http://[::1]:9040", "issuer:       https://box.example",
+            "certificate:  until 2026-12-05 14:00:00Z, sha256 abababababababab\u2026",
+            "clock:        right, 2026-11-29 11:00:00Z",
+            "last backup:  2026-11-28 03:00:00Z b.backup, 4.2 MB, schedule",
+            "disk:         3.1 GB of 10.0 GB free; database 41.0 MB, WAL 0 B, log 12 B",
+        ], done.stdout
+
+    @pytest.mark.parametrize("words", [[], ["--json"], ["--quiet"]])
+    def test_of_one_that_needs_attention(self, here, fake, words):
+        fake.answers["GET /status"] = (200, self.WELL | {"state": "attention", "attention": [self.LOW]}, {})
+        done = here("status", *words, MAD_ADMIN_URL=fake.url)
+        assert done.returncode == 1 and done.stderr == "", done
+        assert words or done.stdout.endswith("warning: 1 MB is\\x1b[2J free\n")
+        assert words != ["--quiet"] or done.stdout == "attention\n"
+
+    def test_of_a_server_that_says_less(self, here, fake):
+        """One of another release."""
+        fake.answers["GET /status"] = (200, {}, {})
+        assert here("status", MAD_ADMIN_URL=fake.url).returncode == 0
+
+
 class TestEveryCommand:
     @pytest.mark.parametrize("command", ASKING, ids=lambda command: command.name)
     def test_a_refusal_is_one_json_document(self, here, fake, command):
@@ -1897,8 +2140,9 @@ class TestEveryCommand:
     )
     def test_it_succeeds_with_names_in_each_form(self, here, fake, command):
         thing = USER | {
-            "uri": "bob", "provider_key": "bob", "allowed": True, "valid": True, "message": "Done.",
-            "otpauth_uri": "otpauth://x", "access_token": TOKEN, "flag": {},
+            "uri": "bob", "provider_key": "bob", "allowed": True, "valid": True, "ok": True, "url": "https://x", "message": "Done.",
+            "otpauth_uri": "otpauth://x", "access_token": TOKEN, "flag": {}, "from": "2027-01-15T08:00:00Z", "step": 60,
+            "series": {"tokens": [1]},
         }
         listed = command.is_list or command.options and any(option.parent for option in command.options)
         fake.answer = lambda method, path: (
@@ -1906,7 +2150,11 @@ class TestEveryCommand:
             {"result": USER["id"]}
             if "/id-by-name/" in path
             else {"X": {}}
-            if path.endswith("/options")
+            if path.endswith("/options") and "/clients/" in path
+            else ["x"]
+            if path.endswith("/actions")
+            else [thing]
+            if method == "PUT" and path.endswith("/scopes") or path == "/keys/rotate"
             else [thing]
             if listed and method == "GET" and "/idp/" not in path
             else thing, {},

@@ -14,11 +14,14 @@ import pytest
 ROOT = Path(m.__file__).parent
 # From the ground up: a room may import those that stand before it, and no other.
 ROOMS = (
-    "appliance.base", "appliance.base.shared", "appliance.base.clock", "appliance.base.files", "appliance.base.settings",
+    "appliance.base", "appliance.base.shared", "appliance.base.metrics", "appliance.base.clock", "appliance.base.files", "appliance.base.settings",
     "appliance.base.log", "appliance.base.headers", "appliance.base.peers", "appliance.base.wal",
-    "appliance.base.database", "appliance.base.store", "appliance.base.hashing", "appliance.base.keys", "appliance.base.wire",
-    "appliance.base.openapi", "appliance.base.objects", "appliance.base.pages", "microauthd", "appliance.backup",
-    "appliance.upkeep", "appliance.processes", "appliance.recovery", "appliance.oobe", "appliance.help",
+    "appliance.base.database", "appliance.base.store", "appliance.base.hashing", "appliance.base.keys",
+    "appliance.base.tls", "appliance.base.wire", "appliance.base.openapi", "appliance.base.objects",
+    "appliance.base.pages", "appliance.base.console", "microauthd", "appliance.rings", "appliance.figures",
+    "appliance.backup", "appliance.authority", "appliance.upkeep", "appliance.status", "appliance.machine",
+    "appliance.processes", "appliance.recovery", "appliance.upgrade", "appliance.oobe", "appliance.claim", "appliance.help",
+    "appliance.service",
     "appliance.commands",
 )
 
@@ -131,7 +134,8 @@ class TestHouse:
         [
             ("os.fork", {"appliance.processes"}), ("sys.argv", {"appliance.commands"}),
             ("os.environ", {"appliance.commands", "appliance.processes", "appliance.oobe", "appliance.help"}),
-            ("socket.socket", {"appliance.base.wire", "appliance.processes"}),  # sd_notify speaks to systemd
+            # sd_notify and the journal speak to systemd.
+            ("socket.socket", {"appliance.base.wire", "appliance.processes", "appliance.base.log"}),
         ],
     )
     def test_what_only_some_rooms_may_touch(self, word, rooms):
@@ -222,8 +226,9 @@ class TestState:
 
     TABLES = {
         "FLAGS", "LOGO_TYPES", "ERRORS", "OPTION_NAMES", "GRANTS", "STATUS", "METHODS", "HTTP_REFUSALS", "STOPPING", "COMMANDS",
-        "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH", "ADMIN", "EXTRA_QUESTIONS", "ADVISED_RANGES",
-        "CONDITIONS", "DEPENDENTS", "URI_SWITCHES", "CONFUSABLES",
+        "SECURITY", "USER_CLAIMS", "ACCOUNT_CHANGES", "AUTH", "ADMIN", "EXTRA_QUESTIONS", "ADVISED_RANGES", "PROPOSED",
+    "CONDITIONS", "DEPENDENTS", "SESSION_FILTERS", "URI_SWITCHES", "CONFUSABLES", "TYPES", "BY_NAME", "FIGURES",
+    "RANGES", "OUTCOMES",
     }
 
     def mutable(self, room):
@@ -308,8 +313,9 @@ class TestRoutes:
                     "/.well-known/openid-configuration", "/.well-known/oauth-authorization-server", "/", "/<path:path>",
                     "/openapi.json", "/swagger/v1/swagger.json", "/swagger", "/swagger/rapidoc-min.js", "/authorize",
                     "/login", "/totp", "/login/enrol", "/login/codes", "/login/select", "/login/consent",
+                    "/login/other", "/login/cancel",
                     "/pages/<name>", "/end-session", "/logout", "/account", "/login/password", "/login/totp",
-                    "/login/finalize", "/auth-session/<jti>",
+                    "/login/finalize", "/auth-session/<jti>", "/invite", "/.well-known/microauthd/ca.pem",
                 )
             ),
             *(
@@ -317,6 +323,8 @@ class TestRoutes:
                 for path in (
                     "/ping", "/version", "/health", "/health/ready", "/token", "/openapi.json",
                     "/swagger/v1/swagger.json", "/swagger", "/swagger/rapidoc-min.js",
+                    "/.well-known/microauthd/ca.pem", "/dashboard/session",
+                    "/dashboard/", "/dashboard/files/<version>/<name:path>", "/", "/dashboard", "/Dashboard", "/Login",
                 )
             ),
         }

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+from ipaddress import ip_address
 from urllib.parse import urlencode
 
 import microauthd as m
@@ -27,6 +28,7 @@ from appliance.base.settings import OPTIONS, Options, load_options
 from appliance.base.files import write_durably
 from appliance.base.database import read_database_key
 from appliance.base.store import Store
+from appliance.base.tls import describe_certificate
 from appliance.base.keys import read_ring
 from appliance.processes import read_seal_key
 from appliance.recovery import Answers, FirstClient, open_idp, recover_setup, set_up
@@ -52,9 +54,10 @@ ADMINISTRATOR = (
     ("user name?", ""), ("e-mail?", "root@box.example"), ("Administrator's password?", PASSWORD),
     ("The same again:", PASSWORD), ("second factor", "n"),
 )
+ITSELF = ("Who uses this box", "")
 CLIENT = (("client_id of the first service", ""), ("Its audience", ""), ("Its scopes", "a:read"))
 QUICK = (
-    *DATABASE, ("Go through every setting?", "n"), *ADMINISTRATOR, *CLIENT, ("Set it up?", "y"),
+    *DATABASE, ("Go through every setting?", "n"), ITSELF, *ADMINISTRATOR, *CLIENT, ("Set it up?", "y"),
 )  # (question, answer)
 
 
@@ -137,7 +140,10 @@ class TestWizard:
         assert options.oidc_issuer == "http://localhost:9040" and options.admin_domain_no_ssl
         assert left(tmp_path) == WHOLE
         assert len(re.findall(r"client_secret  \S{43}\r?\n", console.text)) == 1
-        for hint in ("microauthd serve", "mad session login", "mad token get --client-id app"):
+        for hint in (
+            "microauthd.py serve", "mad.py session login", "mad.py token get --client-id app",
+            "http://localhost:9041/dashboard/", "Keep the database's passphrase elsewhere",
+        ):
             assert hint in console.text
         assert PASSWORD not in console.text and PHRASE not in console.text
         assert not COLOUR.search(console.text) and console.text.isascii()
@@ -151,9 +157,10 @@ class TestWizard:
         console = Console(tmp_path, "--quick", term=term)
         console.answers((
             ("Database file?", ALL + "there"), ("there is there already", ALL + "mad.conf"), ("different files", ALL + "there/mad.db3"), ("is not a folder", ALL + "mad.db3"),
-            ("Database passphrase?", "short"), ("at least 8 characters", PHRASE), ("The same again:", "another phrase"), ("not the same", ""),
+            ("Database passphrase?", "short"), ("at least 8 characters", PHRASE), ("The same again:", "another phrase"), ("not the same", "none"),
             ("Really keep the database unencrypted?", "maybe"), ("please answer yes or no", "no"),
-            ("Database file?", ""), ("Database passphrase?", ""), ("Really keep the database unencrypted?", "yes"),
+            ("Database file?", ""), ("Database passphrase?", "None"), ("Really keep the database unencrypted?", "yes"),
+            ("Who uses", ALL + "everybody"), ("itself or network", ALL + "itself"),
             ("user name?", ALL + "x" * 101), ("1 to 100", ALL + "Root"), ("e-mail?", "nonsense"), ("must be an e-mail", ALL + "Root@Box.example"),
             ("password?", "short"), ("at least 8", "password123"), ("most common", "madadmin1"), ("most common", "root@box.example"), ("must not be the user name", PASSWORD),
             ("The same again:", "something else"), ("not the same", PASSWORD), ("The same again:", PASSWORD), ("second factor", ""),
@@ -168,7 +175,8 @@ class TestWizard:
     @pytest.mark.parametrize("term, lang", [("dumb", ""), ("vt100", "C.UTF-8")])
     def test_a_second_factor_is_confirmed_by_a_code(self, tmp_path, term, lang):
         console = Console(tmp_path, "--quick", term=term, LANG=lang)
-        console.answers((*DATABASE, *ADMINISTRATOR[:-1], ("second factor", "y")))
+        console.child.setwinsize(24 if lang else 50, 80)
+        console.answers((*DATABASE, ITSELF, *ADMINISTRATOR[:-1], ("second factor", "y")))
         console.child.expect_exact("The code it shows?")
         drawn = console.text[console.text.index("second factor (TOTP)") :].splitlines()
         words = "".join(re.findall(r"(?<![A-Z2-7])(?:[A-Z2-7]{4} ?){4,8}(?![A-Z2-7])", "\n".join(drawn)))
@@ -201,9 +209,6 @@ class TestWizard:
         seed, asked, made = m.new_totp_seed(), [], []
 
         class Slow(oobe.Prompter):
-            def __init__(self):
-                pass
-
             def write(self, *_):
                 pass
 
@@ -237,16 +242,13 @@ class TestWizard:
         told = []
 
         class Typed(oobe.Prompter):
-            def __init__(self):
-                pass
-
             def write(self, text="", indent=""):
                 told.append(text)
 
             def read(self, question, default="", hidden=False):
                 return next(answers for part, answers in given.items() if part in question).pop(0)
 
-        client = oobe.ask_client(Typed(), oobe.Draft(Options({"config": "mad.conf"})), True)
+        client = oobe.ask_client(Typed(), oobe.Draft(Options({"config": "mad.conf"})), oobe.QuickAnswers(), True)
         assert client == FirstClient(
             "web", audience="web", scopes=["a:read"], public=True, grants=["authorization_code", "password"],
             redirect_uris=["https://app.example/cb"], cors_origins=["https://app.example"],
@@ -272,7 +274,7 @@ class TestWizard:
         console = Console(tmp_path, "--quick", MAD_DB_FILE="other.db3")
         console.answers(
             (
-                ("Database file?", ALL + "mine.db3"), ("environment MAD_DB_FILE", ALL + "other.db3"), *ADMINISTRATOR,
+                ("Database file?", ALL + "mine.db3"), ("environment MAD_DB_FILE", ALL + "other.db3"), ITSELF, *ADMINISTRATOR,
                 *CLIENT, ("Set it up?", ""),
             )
         )
@@ -299,10 +301,127 @@ class TestWizard:
             assert "nothing was written" in console.text.lower()
             assert not COLOUR.search(console.text)
 
-    def test_saying_no_at_the_end_leaves_nothing(self, tmp_path):
+    @pytest.mark.parametrize("term", ["dumb", "vt100"])
+    def test_no_at_the_review_asks_again_with_the_answers_as_proposals(self, tmp_path, term):
+        console = Console(tmp_path, "--quick", term=term)
+        console.answers((*DATABASE, *QUICK[4:-1], ("Set it up?", "n"), ("Database file?", "")))
+        assert left(tmp_path) == set()
+        again = ("empty: as before", "")
+        console.answers((
+            again, ITSELF, ("user name?", "root"), ("e-mail?", ""), again, ("second factor", ""), ("client_id", ""),
+            ("audience", ""), ("scopes", ""), ("Set it up?", ""),
+        ))  # fmt: skip
+        assert console.end() == 0
+        options, account = log_in(tmp_path, "root")
+        assert (options.db_pass, account.email) == (PHRASE, "root@box.example")
+        assert "a:read" in console.text.rpartition("first client")[2]
+
+    @pytest.mark.parametrize("term", ["dumb", "vt100"])
+    def test_one_sign_goes_back_one_question_as_often_as_one_likes(self, tmp_path, term):
+        console = Console(tmp_path, "--quick", term=term)
+        console.answers((
+            ("Database file?", "<"), ("this is the first question", ""), *DATABASE[1:], ITSELF, ("user name?", "rot"), ("e-mail?", "<"), ("user name?", "root"),
+            ("e-mail?", "a@box.example"), ("Administrator's password?", PASSWORD), ("The same again:", "<"), ("not the same", "<"), ("e-mail?", "<"), ("user name?", "boss"), ("e-mail?", "b@box.example"),
+            *ADMINISTRATOR[2:], ("client_id of", ALL + "one"), ("audience", "<"), ("client_id of", ALL + "two"), ("audience", ""), ("scopes", ""), ("Set it up?", "<"), ("scopes", "b:read"), ("Set it up?", ""),
+        ))  # fmt: skip
+        assert console.end() == 0
+        assert log_in(tmp_path, "boss")[1].email == "b@box.example"
+        assert "two, audience two, scopes b:read" in console.text and "<" not in left(tmp_path)
+
+    def test_typing_replaces_what_is_proposed_and_editing_changes_it(self, tmp_path):
+        console = Console(tmp_path, "--quick")
+        left_arrow, backspace = "\x1b[D", "\x7f"
+        console.answers((
+            ("Database file?", "box.db3"), *DATABASE[1:], ITSELF, ("user name?", backspace * 5 + "boss"),
+            ("e-mail?", "root@box.example"), *ADMINISTRATOR[2:], ("client_id of", left_arrow * 3 + "my"), ("audience", ""),
+            ("scopes", ""), ("Set it up?", ""),
+        ))  # fmt: skip
+        assert console.end() == 0 and (tmp_path / "box.db3").exists()
+        assert log_in(tmp_path, "boss") and "client_id      myapp" in console.text
+
+    def test_the_line_end_of_what_is_pasted_is_no_part_of_it(self, tmp_path):
+        console = Console(tmp_path, "--quick")
+        paste = "\x1b[200~{}\r\n\x1b[201~".format
+        console.answers((
+            DATABASE[0], *((question, paste(PHRASE)) for question, _ in DATABASE[1:]), ITSELF, ("user name?", paste("root")),
+            ("e-mail?", paste("root@box.example")), *((question, paste(PASSWORD)) for question, _ in ADMINISTRATOR[2:4]),
+            ADMINISTRATOR[4], *CLIENT, ("Set it up?", ""),
+        ))  # fmt: skip
+        assert console.end() == 0
+        assert log_in(tmp_path, "root")[0].db_pass == PHRASE
+
+    def test_a_passphrase_is_made_where_none_is_given_and_shown_once(self, tmp_path):
         console = Console(tmp_path, "--quick", term="dumb")
-        console.answers((*DATABASE, *QUICK[4:-1], ("Set it up?", "n")))
-        assert console.end() == 1 and os.listdir(tmp_path) == []
+        console.answers((
+            DATABASE[0], ("Database passphrase?", ""), ITSELF, ("user name?", "<"), ITSELF, *ADMINISTRATOR, *CLIENT,
+            ("Set it up?", ""),
+        ))  # fmt: skip
+        assert console.end() == 0
+        assert re.findall(r"database passphrase  (\S{32})\r", console.text) == [log_in(tmp_path)[0].db_pass]
+
+    def test_a_code_that_does_not_fit_the_screen_is_offered_as_a_file(self, tmp_path):
+        console = Console(tmp_path, "--quick", term="dumb")
+        console.answers((*DATABASE, ITSELF, *ADMINISTRATOR[:-1], ("second factor", "y")))
+        console.child.expect_exact("into an SVG file")
+        seed = re.sub(r"\s", "", re.search(r"into the authenticator:\s+([A-Z2-7 ]{39})", console.text)[1])
+        console.child.send("mad.svg\r")
+        console.child.expect_exact("The code it shows?")
+        assert stat.S_IMODE((tmp_path / "mad.svg").stat().st_mode) == 0o600
+        drawn = io.BytesIO()
+        segno.make(m.totp_uri(seed, "admin", "localhost"), error="q").save(drawn, kind="svg", scale=5, xmldecl=True)
+        assert (tmp_path / "mad.svg").read_bytes() == drawn.getvalue()
+        console.child.send(pyotp.TOTP(seed).now() + "\r")
+        console.answers((*CLIENT, ("Set it up?", "")))
+        assert console.end() == 0 and left(tmp_path) == WHOLE
+
+    @pytest.mark.parametrize("term", ["dumb", "vt100"])
+    def test_a_box_for_the_network_has_a_name_and_makes_its_certificate(self, tmp_path, term):
+        (tmp_path / "mad.conf").write_text("docker = true\nauth-ip = 0.0.0.0\nauth-insecure-http = true\n")
+        console = Console(tmp_path, "--quick", term=term)
+        console.answers((
+            *DATABASE, ("Who uses this box", ""), ("Its certificate", ALL + "mine"), ("own, file or proxy", ALL + "own"),
+            ("By which name", ALL + "localhost"), ("by which they reach this one", ALL + "box.lan"), ("/dashboard/?", ""), *ADMINISTRATOR, *CLIENT,
+            ("Set it up?", ""),
+        ))  # fmt: skip
+        assert console.end() == 0
+        options, _ = log_in(tmp_path)
+        assert (options.tls, options.auth_issuer, options.admin_issuer) == ("self", "https://box.lan:9040", "https://box.lan:9041")
+        assert not ip_address(options.admin_ip).is_loopback and "https://box.lan:9041/dashboard/" in console.text
+        assert describe_certificate((tmp_path / "ca.pem").read_bytes()).sha256 in console.text
+
+    @pytest.mark.parametrize(
+        "proxy, ip, insecure", [("127.0.0.1", "127.0.0.1", False), ("192.0.2.7", None, True)]
+    )
+    def test_a_proxy_in_front_is_believed_and_has_the_port_of_its_own(self, tmp_path, proxy, ip, insecure):
+        console = Console(tmp_path, "--quick", term="dumb")
+        console.answers((
+            *DATABASE, ("Who uses this box", "network"), ("Its certificate", "proxy"), ("Address of the proxy", "nowhere"), ("must be an IP address", proxy),
+            ("By which name", "box.example"), *ADMINISTRATOR, *CLIENT, ("Set it up?", ""),
+        ))  # fmt: skip
+        assert console.end() == 0
+        options, _ = log_in(tmp_path)
+        assert (options.auth_ip if ip else None, options.auth_insecure_http) == (ip, insecure)
+        assert (options.auth_issuer, [str(network) for network in options.trusted_proxies]) == ("https://box.example", [proxy + "/32"])
+
+    def test_a_certificate_that_is_there_serves_both_ports(self, tmp_path):
+        certificate(tmp_path / "box.pem", "opens the certificate")
+        console = Console(tmp_path, "--quick", term="dumb")
+        console.answers((
+            *DATABASE, ("Who uses this box", "network"), ("Its certificate", "file"), ("AUTH certificate", "box.pem"), ("Its private key", ""), ("certificate's key?", "opens the certificate"),
+            ("By which name", "box.example"), ("/dashboard/?", "y"), *ADMINISTRATOR, *CLIENT, ("Set it up?", ""),
+        ))  # fmt: skip
+        assert console.end() == 0
+        options, _ = log_in(tmp_path)
+        assert options.tls_files("admin") == options.tls_files("auth") == ("box.pem", "", "opens the certificate")
+        assert (options.auth_issuer, options.admin_issuer) == ("https://box.example:9040", "https://box.example:9041")
+
+    def test_the_quick_and_the_guided_path_propose_the_same(self, tmp_path):
+        drafts = [oobe.Draft(Options({"config": "mad.conf"})) for _ in range(2)]
+        guided = oobe.LinePrompter()
+        guided.read = lambda question, default="", hidden=False: default
+        oobe.ask_options(guided, drafts[1], (*oobe.BEFORE_CLIENT, *oobe.AFTER_CLIENT))
+        quick, whole = (draft.complete() for draft in drafts)
+        assert [o.name for o in OPTIONS if getattr(quick, o.attribute) != getattr(whole, o.attribute)] == []
 
     def test_it_refuses_before_any_question_when_it_is_done(self, tmp_path):
         (tmp_path / "mad.db3").write_bytes(b"there")
@@ -372,6 +491,7 @@ class TestGuided:
             *DATABASE, ("Go through every setting?", "y"),
             ("Log file?", ALL + "box.log"),
             ("TOTP QR files", "relative"), ("absolute path", ALL + "/var/qr"), ("audit log?", "y"), ("Days to keep it?", ALL + "10000"), ("from 0 to 9999", ALL + "60"),
+            ("that the box makes", "yes"), ("must be self, or empty", ALL),
             ("AUTH address?", ALL + "localhost"), ("IP address", ALL + "127.0.0.1"), ("AUTH port?", ALL + "70000"), ("from 1 to 65535", ALL + "9140"),
             ("host name of AUTH?", ALL + "box.example"), ("AUTH certificate", ""), ("reach AUTH by https", ""),
             ("ADMIN address?", ""), ("ADMIN port?", ALL + "9140"), ("already", ALL + "9141"), ("Host name of ADMIN?", ALL + "box.example"),
@@ -405,7 +525,7 @@ class TestGuided:
         assert [str(network) for network in options.trusted_proxies] == ["10.0.0.1/32", "192.168.7.0/24"]
         assert (
             re.search(r"client_secret  \S{43}\r?\n", console.text)
-            and "microauthd serve --config box.conf" in console.text
+            and f"microauthd.py serve --config {tmp_path}/box.conf" in console.text
         )
         for secret in (PASSWORD, PHRASE, "opens the certificate", "of the key ring"):
             assert secret not in console.text
@@ -415,8 +535,8 @@ class TestGuided:
         console = Console(tmp_path, "--guided", term="dumb")
         console.answers((
             *DATABASE, ("Log file?", '""'), ("TOTP QR files", ""), ("audit log?", "n"),
-            ("AUTH address?", "0.0.0.0"), ("AUTH port?", ""), ("host name of AUTH?", "box.example"), ("AUTH certificate", ""), ("reach AUTH by https", "n"), ("Allow it?", ""),
-            ("Then it needs", "127.0.0.1"), ("AUTH port?", ""), ("host name of AUTH?", "localhost"), ("AUTH certificate", ""), ("reach AUTH by https", "n"),
+            ("that the box makes", ""), ("AUTH address?", "0.0.0.0"), ("AUTH port?", ""), ("host name of AUTH?", "box.example"), ("AUTH certificate", ""), ("reach AUTH by https", "n"), ("Allow it?", ""),
+            ("Then it needs", ""), ("AUTH address?", "127.0.0.1"), ("AUTH port?", ""), ("host name of AUTH?", "localhost"), ("AUTH certificate", ""), ("reach AUTH by https", "n"),
             ("ADMIN address?", "0.0.0.0"), ("ADMIN port?", ""), ("Host name of ADMIN?", ""), ("ADMIN certificate", ""), ("reach ADMIN by https", ""), ("Allow it?", "y"),
             *self.ARGON, ("AUTH key file?", ""), ("Sign AUTH", ""), ("AUTH keys?", ""), ("ADMIN key file?", ""), ("Sign ADMIN", ""), ("ADMIN keys?", ""),
             ("access token", ""), ("ADMIN token", ""), ("expired sessions", ""), ("revocation", ""), ("Issue refresh", "n"),
@@ -435,6 +555,37 @@ class TestGuided:
         )
         assert (options.refresh_token_expiration, options.audit_log_retention_days) == (259200, 30)
         assert "client_secret" not in console.text
+
+
+    def test_a_box_for_the_network_makes_its_certificate_and_shows_the_fingerprint(self, tmp_path):
+        (tmp_path / "mad.conf").write_text("docker = true\n")  # else it is also called what this machine is
+        console = Console(tmp_path, "--guided", term="dumb")
+        console.answers((
+            *DATABASE, ("Log file?", '""'), ("TOTP QR files", ""), ("audit log?", "n"),
+            ("that the box makes", "self"), ("AUTH address?", "0.0.0.0"), ("AUTH port?", "9140"), ("host name of AUTH?", "box.lan"),
+            ("ADMIN address?", ""), ("ADMIN port?", "9141"), ("Host name of ADMIN?", "box.lan"),
+            *self.ARGON, ("AUTH key file?", ""), ("Sign AUTH", ""), ("AUTH keys?", ""), ("ADMIN key file?", ""), ("Sign ADMIN", ""), ("ADMIN keys?", ""),
+            ("access token", ""), ("ADMIN token", ""), ("expired sessions", ""), ("revocation", ""), ("Issue refresh", "n"),
+            ("before a lockout?", ""), ("restarts?", ""), ("lockout?", ""), ("client_id", '""'), ("proxies", ""), ("example pages", ""), ("code flow", ""), ("Life of", ""), ("Remember", ""), ("Seconds to", ""),
+            *ADMINISTRATOR, ("Set it up?", ""),
+        ))  # fmt: skip
+        assert console.end() == 0
+        options, _ = log_in(tmp_path)
+        assert (options.tls, options.auth_issuer, options.admin_issuer) == (
+            "self", "https://box.lan:9140", "https://box.lan:9141",
+        )
+        assert describe_certificate((tmp_path / "ca.pem").read_bytes()).sha256 in console.text
+        assert describe_certificate((tmp_path / "tls-self.pem").read_bytes()).names == [
+            "box.lan", "localhost", "127.0.0.1", "::1",
+        ]
+
+    def test_an_issuer_at_localhost_does_not_go_with_an_address_for_others(self, tmp_path):
+        console = Console(tmp_path, "--guided", term="dumb")
+        console.answers((
+            *DATABASE, ("Log file?", '""'), ("TOTP QR files", ""), ("audit log?", "n"), ("that the box makes", "self"),
+            ("AUTH address?", "0.0.0.0"), ("AUTH port?", ""), ("host name of AUTH?", "localhost"), ("by which they reach this one", "\x04"),
+        ))  # fmt: skip
+        assert console.end() == 1 and not (tmp_path / "mad.db3").exists()
 
 
 GOOD = f"""\
@@ -549,6 +700,25 @@ class TestUnattended:
             9140, 9141, False, 32,
         )
         assert len(options.trusted_proxies) == 2 and options.oidc_issuer == "http://localhost:9140"
+
+    def test_a_box_for_the_network_makes_its_certificate(self, tmp_path):
+        content = GOOD.replace(
+            "[options]",
+            '[options]\ntls = "self"\ntls-names = ["Box.lan", "192.168.7.20"]\nauth-ip = "0.0.0.0"\ndocker = true\n'
+            'admin-domain = "box.lan"',
+        )
+        (tmp_path / "container").mkdir()
+        assert unattended(tmp_path / "container", content).returncode == 0, "who reaches a container, its host decides"
+        done = unattended(tmp_path, content.replace("docker = true\n", ""))
+        assert done.returncode == 1 and "is itself for each of them" in done.stderr and done.stderr.count("\n") == 1
+        assert left(tmp_path) == {"answers.toml", "container"}
+        done = unattended(tmp_path, content.replace("docker = true", 'auth-domain = "box.lan"'))
+        assert done.returncode == 0, done.stderr
+        root = describe_certificate((tmp_path / "ca.pem").read_bytes())
+        assert f"ca_file={tmp_path}/ca.pem\nca_sha256={root.sha256}\n" in done.stdout
+        assert log_in(tmp_path)[0].auth_issuer == "https://box.lan:9040"
+        names = describe_certificate((tmp_path / "tls-self.pem").read_bytes()).names
+        assert {"box.lan", "192.168.7.20", "localhost"} <= set(names)
 
     def test_a_browser_application_needs_nothing_of_admin_before_its_first_login(self, tmp_path):
         done = unattended(tmp_path, APPLICATIONS)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from _imp import extension_suffixes
 
 import pytest
 from box import ARCHIVE, ROOT, Box
@@ -33,17 +34,42 @@ def trees(root):
     return sorted(name for name in os.listdir(root) if not name.startswith("."))
 
 
+SUFFIX = extension_suffixes()[0]
+PLATFORM = SUFFIX[1:-3].split("-", 2)[2]
+
+
+def build(checkout, mask, *words):
+    """Build an archive under a umask."""
+    done = subprocess.run(
+        ["sh", "-c", 'umask "$1"; shift; exec "$@"', "sh", mask, sys.executable, f"{checkout}/build/pyz.py", *words],
+        capture_output=True, text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
 class TestBuilding:
     def test_the_same_sources_give_the_same_bytes(self, tmp_path):
-        digests = set()
-        for mask, number in (("022", 1), ("077", 2)):
-            target = tmp_path / f"{number}.pyz"
-            subprocess.run(
-                ["sh", "-c", f"umask {mask}; exec {sys.executable} {ROOT}/build/pyz.py --out {target}"], check=True,
-                capture_output=True,
-            )
-            digests.add(hashlib.sha256(target.read_bytes()).hexdigest())
-        assert len(digests) == 1
+        for mask in ("022", "077"):
+            build(ROOT, mask, "--only", "HERE", "--out", str(tmp_path / mask / "microauthd.pyz"))
+        made = digests(tmp_path / "022")
+        assert made == digests(tmp_path / "077")
+        assert sorted(made) == ["microauthd.pyz", "microauthd.pyz.cdx.json", "microauthd.pyz.sha256"]
+
+    @pytest.mark.long
+    @pytest.mark.parametrize("libc", ["gnu", "musl"])
+    def test_two_checkouts_give_the_same_bytes_for_every_machine(self, tmp_path, libc):
+        for mask, name in (("022", "one"), ("077", "a folder elsewhere")):
+            shutil.copytree(ROOT, tmp_path / name, ignore=shutil.ignore_patterns(".*", "out", "__pycache__"))
+            (tmp_path / name / "build" / "out").mkdir()
+            (tmp_path / name / "build" / "out" / "wheels").symlink_to(ROOT / "build" / "out" / "wheels")
+            build(tmp_path / name, mask, "--libc", libc, "--out", str(tmp_path / mask / "microauthd.pyz"))
+        made = digests(tmp_path / "022")
+        assert made == digests(tmp_path / "077")
+        assert (tmp_path / "022" / "microauthd.pyz").stat().st_size <= 40_000_000
 
     def test_what_is_native_is_kept_by_platform_and_nothing_needless_is_in(self):
         names = zipfile.ZipFile(ARCHIVE).namelist()
@@ -217,7 +243,8 @@ class TestUnpacking:
                 sum(
                     4096 * -(-info.file_size // 4096)
                     for info in archive.infolist()
-                    if info.filename.startswith(("native/", "site-packages/"))
+                    if info.filename.startswith((f"native/{PLATFORM}/", "site-packages/"))
+                    and (".cpython-" not in info.filename or info.filename.endswith(SUFFIX))
                 )
                 // 2**20
             )
@@ -239,7 +266,7 @@ class TestUnpacking:
         with zipfile.ZipFile(ARCHIVE) as archive:
             members = {info.filename: info for info in archive.infolist()}
             directory = archive.start_dir
-        library = next(name for name in members if "sqlcipher3" in name and name.endswith(".so"))
+        library = next(name for name in members if "sqlcipher3" in name and name.endswith(SUFFIX))
         at = {
             "a module": members["site-packages/microauthd.py"].header_offset + 5000,
             "a library": members[library].header_offset + 5000,
@@ -289,7 +316,45 @@ class TestUnpacking:
         )
 
 
+    def test_a_python_it_has_no_build_for_is_told_which_it_has(self, home, tmp_path):
+        """PEP 3149"""
+        with zipfile.ZipFile(tmp_path / "other.pyz", "w") as archive:
+            archive.write(ROOT / "build" / "main.py", "__main__.py")
+            archive.writestr("build-id", "0")
+            for platform in ("x86_64-linux-gnu", "aarch64-linux-gnu"):
+                for python in ("310", "39"):
+                    archive.writestr(f"native/{platform}/_cffi_backend.cpython-{python}-{platform}.so", "")
+        done = run("version", home=home, archive=tmp_path / "other.pyz")
+        assert done.returncode == 1 and done.stderr == (
+            f"microauthd: this file has no build for {SUFFIX[1:-3]}; it has builds on aarch64-linux-gnu for "
+            "CPython 3.9, 3.10; on x86_64-linux-gnu for CPython 3.9, 3.10\n"
+        )
+
+    def test_only_what_fits_this_python_is_unpacked(self, home):
+        assert run("version", home=home).returncode == 0
+        (tree,) = (home / ".cache" / "microauthd").glob("tree.*")
+        libraries = [path.name for path in tree.rglob("*.so")]
+        assert libraries and all(name.endswith((SUFFIX, ".abi3.so")) for name in libraries)
+
+
 class TestCommands:
+    def test_the_licences_of_everything_are_in_the_archive(self, home):
+        done = run("licenses", home=home)
+        assert done.returncode == 0, done.stderr
+        listed, _, texts = done.stdout.partition("\n\n")
+        with zipfile.ZipFile(ARCHIVE) as archive:
+            packages = {
+                name.split("/")[1].partition("-")[0].replace("_", "-")
+                for name in archive.namelist()
+                if name.endswith(".dist-info/METADATA")
+            }
+        assert {line.partition(" ")[0] for line in listed.splitlines()} == packages - {"microauthd"}
+        for title in (*packages - {"microauthd"}, "SQLCipher, ", "OpenSSL, ", "libffi, ", "Argon2, ", "swagger/rapidoc"):
+            assert f"\n== {title}" in texts
+        for sentence in ("Neither the name of the ZETETIC LLC", "Apache License", "Lea Verou", "Dan Wheeler"):
+            assert sentence in texts
+        assert run("licenses", "all", home=home).returncode == 2
+
     def test_selftest_finds_everything_working(self, home):
         done = run("selftest", home=home)
         assert done.returncode == 0, done.stderr

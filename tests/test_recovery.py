@@ -3,6 +3,7 @@ and killed at any point."""
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import random
@@ -35,7 +36,7 @@ from appliance.upkeep import advance_key_states
 from appliance.processes import hold_database, prepare, read_seal_key
 from appliance.recovery import (
     Answers, accept_clock, back_up, describe_keys, factory_reset, hold_folder, hold_setup, open_idp, recover_admin,
-    recover_setup, restore, revoke_key, rotate_keys, set_up, demo_answers, merge_settings,
+    demo_answers, finish_setup, merge_settings, recover_setup, restore, revoke_key, rotate_keys, set_up,
 )
 from appliance.commands import main
 
@@ -795,13 +796,13 @@ class TestBesideARunningServer:
             assert NEW not in box.said()
 
     def test_no_route_leads_to_any_of_this(self):
-        """The network can neither recover, restore, rotate nor reset."""
+        """The network can neither recover an administrator, restore nor reset."""
         for routes in (m.AUTH, m.ADMIN):
             for route in routes.routes:
                 assert not any(
                     word in path
                     for path in route.paths
-                    for word in ("recover", "restore", "rotate", "factory", "keys/")
+                    for word in ("admin/recover", "/recover/", "restore", "factory", "reset-box")
                 ), route.paths
 
 
@@ -1250,3 +1251,100 @@ class TestLockOfTheJournal:
         ]
         assert [worker.communicate(timeout=60)[1] for worker in workers] == ["", "", ""]
         assert os.listdir(tmp_path) == []
+
+
+class TestTheKeyFile:
+    """db-key-file: a raw key in place of a passphrase"""
+
+    @pytest.fixture
+    def keyed(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+
+        def make(content=None):
+            if content is not None:
+                (tmp_path / "db.key").write_bytes(content)
+                (tmp_path / "db.key").chmod(0o600)
+            return made(tmp_path, db_pass="", db_key_file="db.key")
+
+        return make
+
+    def test_set_up_makes_one_where_there_is_none_and_never_another(self, keyed, tmp_path):
+        options, path = keyed(), tmp_path / "db.key"
+        assert path.stat().st_size == 32 and path.stat().st_mode & 0o077 == 0
+        loaded = load_options(parse_flags(["--config", str(tmp_path / "mad.conf")])[0], {})
+        assert loaded.db_key_file == "db.key" and not loaded.db_pass
+        opened(loaded).store.close()
+        assert (tmp_path / "mad.db3").read_bytes()[:16] != b"SQLite format 3\0"
+        path.unlink()
+        with pytest.raises(StartupError, match=r"db-key-file: db.key cannot be read: No such file"):
+            opened(options)
+        assert not path.exists()
+
+    @pytest.mark.parametrize("content", [bytes(range(32)), b"0123456789abcdefABCDEF0123456789" * 2, b"ab" * 32 + b"\n"])
+    def test_set_up_takes_one_that_is_there_as_octets_or_digits(self, keyed, tmp_path, content):
+        options = keyed(content)
+        raw = content if len(content) == 32 else bytes.fromhex(content.decode().strip())
+        assert (tmp_path / "db.key").read_bytes() == content
+        store = Store("mad.db3", (raw + (tmp_path / "mad.db3").read_bytes()[:16]).hex())
+        store.open()
+        store.close()
+        opened(options).store.close()
+
+    @pytest.mark.parametrize("content", [b"", bytes(31), bytes(33), b"a" * 63, b"g" * 64, b"ab" * 33])
+    def test_another_length_is_refused_and_nothing_is_made(self, keyed, tmp_path, content):
+        with pytest.raises(StartupError, match="neither 32 octets nor 64 hexadecimal digits"):
+            keyed(content)
+        assert set(states(tmp_path)) == {"db.key"}
+
+    def test_one_that_others_can_read_is_refused(self, keyed, tmp_path):
+        options = keyed()
+        (tmp_path / "db.key").chmod(0o644)
+        with pytest.raises(StartupError, match="db.key can be read by others: chmod 600"):
+            opened(options)
+
+    def test_another_key_opens_nothing(self, keyed, tmp_path):
+        options = keyed()
+        (tmp_path / "db.key").write_bytes(bytes(32))
+        with pytest.raises(StartupError, match="db-key-file"):
+            opened(options)
+
+    def test_a_set_up_that_is_killed_leaves_no_key_or_the_one_of_its_database(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        options = Options(
+            {"config": str(tmp_path / "mad.conf")}, **CHEAP | {"argon2id_memory": 8192}, db_key_file="db.key",
+            oidc_issuer="https://idp.example",
+        )
+        steps = []
+        answers = Answers("root", "root@example.org", PASSWORD)
+        for kill_at in itertools.count():
+            def checkpoint(name, seen=iter(range(kill_at))):
+                if next(seen, None) is None:
+                    os.kill(os.getpid(), 9)
+
+            status = in_child(lambda: set_up(options, answers, checkpoint))
+            finish_setup(options.config_file, options)
+            assert (tmp_path / "db.key").exists() == (tmp_path / "mad.db3").exists()
+            steps.append((tmp_path / "db.key").exists())
+            if steps[-1]:
+                break
+        assert len(steps) > 5 and not any(steps[:-1])
+        opened(options).store.close()
+
+    def test_a_backup_is_of_the_same_key_and_restores_on_a_new_box_that_has_it(self, keyed, tmp_path, monkeypatch):
+        options, new = keyed(), tmp_path / "new"
+        back_up(options, str(tmp_path / "b"))
+        key = (tmp_path / "db.key").read_bytes()
+        new.mkdir()
+        monkeypatch.chdir(new)
+        (new / "db.key").write_bytes(key)
+        (new / "db.key").chmod(0o600)
+        restore(Options({"config": str(new / "mad.conf")}, **CHEAP, db_key_file="db.key"), str(tmp_path / "b"))
+        loaded = load_options(parse_flags(["--config", str(new / "mad.conf")])[0], {})
+        idp = opened(loaded)
+        assert loaded.db_key_file == "db.key" and m.get_user(idp, "root")
+        idp.store.close()
+
+    def test_a_reset_removes_it(self, keyed, tmp_path):
+        options = keyed()
+        assert factory_reset(options)[0] == "db.key" and not (tmp_path / "db.key").exists()
+        keyed()

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from appliance.base import StartupError
 from appliance.base.settings import (
-    OPTIONS, Options, absolute, address, boolean, check_options, color, content_policy, days, describe_options, domain,
-    issuer, label, load_options, networks, octets, parse_config, parse_flags, port, seconds, text, worker_count,
-    write_config,
+    OPTIONS, Options, absolute, address, boolean, certificate_source, check_options, color, content_policy, days,
+    describe_options, domain, host_names, issuer, label, load_options, networks, octets, parse_config, parse_flags,
+    period, port, seconds, text, worker_count, write_config,
 )
 
 
@@ -113,12 +113,32 @@ class TestSecretsInFiles:
         assert load(tmp_path, written, environ).db_pass == "a secret phrase"
 
 
+class TestTheKeyFile:
+    """db-key-file: a path, whose file may be a credential of systemd. LoadCredential= of systemd.exec(5)."""
+
+    def test_a_credential_is_taken_and_named_in_no_config_file(self, tmp_path):
+        (tmp_path / "db-key-file").write_bytes(bytes(32))
+        environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+        options = load(tmp_path, "db-key-file = other.key", environ)
+        assert (options.db_key_file, options.origins["db-key-file"]) == (
+            str(tmp_path / "db-key-file"), "credential db-key-file",
+        )
+        assert load(tmp_path, "", environ | {"MAD_DB_KEY_FILE": "named.key"}).db_key_file == "named.key"
+        assert load(tmp_path, "", {}).db_key_file == load(tmp_path, "", {"CREDENTIALS_DIRECTORY": ""}).db_key_file == ""
+        assert str(tmp_path) not in write_config(options)
+
+    @pytest.mark.parametrize("other", ["db-pass = a phrase", "no-db-pass = true"])
+    def test_with_a_passphrase_or_none_on_purpose_it_is_refused(self, tmp_path, other):
+        with pytest.raises(StartupError, match="are both set"):
+            load(tmp_path, f"db-key-file = a.key\n{other}")
+
+
 class TestSizes:
     @pytest.mark.parametrize(
         "word, size",
         [
             ("auto", -1), ("AUTO", -1), ("1000000", 10**6), ("1MB", 10**6), ("64 MB", 64 * 10**6), ("2g", 2 * 10**9),
-            ("1500 kB", 1_500_000), ("1000 GB", 10**12),
+            ("1500 kB", 1_500_000), ("1000 GB", 10**12), ("1000000000000", 10**12),
         ],
     )
     def test_they_may_have_a_unit(self, word, size):
@@ -128,6 +148,23 @@ class TestSizes:
     def test_what_is_no_size_is_refused_with_one_that_is(self, word):
         with pytest.raises(ValueError, match="such as 64 MB"):
             octets(word)
+
+
+class TestPeriods:
+    @pytest.mark.parametrize(
+        "word, seconds",
+        [
+            ("off", 0), ("0", 0), ("never", 0), ("Daily", 86400), ("hourly", 3600), ("weekly", 604800), ("900", 900),
+            ("15m", 900), ("6 h", 21600), ("2 days", 172800), ("1 week", 604800), ("12 hours", 43200), ("366d", 31622400),
+        ],
+    )
+    def test_they_are_words_or_numbers_with_a_unit(self, word, seconds):
+        assert period(word) == seconds
+
+    @pytest.mark.parametrize("word", ["", "-1", "1", "14 m", "899", "367 d", "1.5 h", "often", "monthly", "true"])
+    def test_what_is_none_is_refused_with_some_that_are(self, word):
+        with pytest.raises(ValueError, match="must be off, hourly, daily"):
+            period(word)
 
 
 class TestFile:
@@ -245,11 +282,12 @@ VALUES = {
     text: TEXT, boolean: st.booleans(), absolute: st.one_of(st.just(""), TEXT.map("/".__add__)),
     address: st.sampled_from(["127.0.0.1", "::1", "127.9.9.9"]), port: st.integers(1, 65535),
     seconds: st.integers(1, 315360000), days: st.integers(0, 9999), worker_count: st.integers(-1, 64),
-    octets: st.one_of(st.just(-1), st.integers(10**6, 10**12)),
+    octets: st.one_of(st.just(-1), st.integers(10**6, 10**12)), period: st.one_of(st.just(0), st.integers(900, 31622400)),
     networks: st.lists(st.sampled_from(["10.0.0.0/8", "192.0.2.1/32", "::1/128", "2001:db8::/32"]), max_size=3)
     .map(", ".join)
     .map(networks), domain: st.sampled_from(["localhost", "box.example:8443", "[::1]:9040", "10.0.0.1"]),
     content_policy: st.sampled_from(["", "sandbox", "default-src 'self'; ;img-src * data:;"]),
+    certificate_source: st.sampled_from(["", "self"]), host_names: st.sampled_from(["", "box.lan,192.0.2.1,fd00::1"]),
     issuer: st.sampled_from(["", "https://box.example/auth", "http://localhost:9040"]),
 }
 
@@ -314,11 +352,12 @@ class TestWriting:
         except StartupError:
             files = (
                 wanted.db_file, wanted.seal_key_file, wanted.token_signing_key_file,
-                wanted.admin_token_signing_key_file,
+                wanted.admin_token_signing_key_file, *filter(None, [wanted.db_key_file]),
             )
             assert (
                 wanted.auth_port == wanted.admin_port
-                or len({os.path.abspath(path) for path in files}) < 4
+                or len({os.path.abspath(path) for path in files}) < len(files)
+                or (wanted.db_key_file and (wanted.db_pass or wanted.no_db_pass))
                 or any(
                     ord(letter) < 32 or letter in "\x7f\x85\u2028\u2029"
                     for value in values.values()

@@ -5,7 +5,7 @@ import os
 import pytest
 from conftest import in_child
 
-from appliance.base.shared import Buckets, Byte, Real, Numbers, Shared
+from appliance.base.shared import Buckets, Byte, ChangeMarks, Real, Numbers, Shared
 
 
 class Example(Shared):
@@ -66,3 +66,48 @@ class TestBuckets:
 
     def test_nobody_can_tell_which_keys_share_a_set(self):
         assert Buckets().places(("a",)) != Buckets().places(("a",))
+
+
+class TestChangeMarks:
+    def cells(self, path):
+        content = path.read_bytes()
+        return [content[at : at + 8] for at in range(ChangeMarks.HEAD, len(content), 8)]
+
+    def changed(self, path, work):
+        before = self.cells(path)
+        work()
+        return [number for number, (one, two) in enumerate(zip(before, self.cells(path), strict=True)) if one != two]
+
+    def test_what_any_process_marks_every_reader_sees(self, tmp_path):
+        path = tmp_path / "marks"
+        marks = ChangeMarks(str(path), 9040)
+        assert path.read_bytes()[:8] == b"madmark1" and path.read_bytes()[16:24] == (9040).to_bytes(8, "big")
+        assert path.stat().st_mode & 0o777 == 0o600 and len(self.cells(path)) == 4096
+        ChangeMarks(str(tmp_path / "run"), 9040, 0o644)
+        assert (tmp_path / "run").stat().st_mode & 0o777 == 0o644
+        (cell,) = self.changed(path, lambda: in_child(lambda: marks.touch("a key")))
+        assert self.changed(path, lambda: marks.touch("a key")) == [cell] != [0]
+        assert self.changed(path, marks.touch) == self.changed(path, lambda: marks.touch("")) == [0]
+        assert len({number for key in range(99) for number in self.changed(path, lambda: marks.touch(f"{key}"))}) > 90
+
+    def test_each_start_has_a_number_of_its_own_and_a_file_of_its_own(self, tmp_path):
+        path = tmp_path / "marks"
+        first = ChangeMarks(str(path), 1)
+        before = path.read_bytes()
+        ChangeMarks(str(path), 1)
+        assert path.read_bytes()[8:16] != before[8:16]
+        first.touch()
+        assert self.cells(path)[0] == bytes(8)
+
+    def test_a_command_marks_the_file_of_its_own_server_alone(self, tmp_path):
+        path = tmp_path / "marks"
+        ChangeMarks(str(path), 1)
+        assert self.changed(path, lambda: ChangeMarks.touch_file(str(path), 2)) == []
+        assert self.changed(path, lambda: ChangeMarks.touch_file(str(path), 1)) == [0]
+        ChangeMarks.touch_file(str(tmp_path / "missing"), 1)
+        (tmp_path / "link").symlink_to(path)
+        assert self.changed(path, lambda: ChangeMarks.touch_file(str(tmp_path / "link"), 1)) == []
+
+    def test_without_a_place_for_it_nothing_is_marked_and_nothing_fails(self, tmp_path):
+        for path in ("", str(tmp_path / "no" / "folder")):
+            ChangeMarks(path, 1).touch("key")

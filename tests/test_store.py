@@ -14,11 +14,13 @@ import appliance.base.store as rows
 from conftest import DATABASE_KEY, PASSWORD, YEARS
 from appliance.base.clock import IAT_SKEW
 from appliance.base.settings import Options
+from appliance.base.shared import ChangeMarks
 from appliance.base.database import Conflict, Record, Unavailable
 from appliance.base.objects import ChangeSecret, CreateClient, CreatePermission, CreateRole, CreateScope, CreateUser
 from appliance.base.store import (
-    AtLeast, AuthorizationCode, BrowserSession, DEPENDENTS, Family, LoginTransaction, MAD_ADMIN_ROLE_ID, MIGRATIONS, ParkedHints,
-    RefreshToken, RetiredKey, Role, SCATTERED, SEEDED_SCOPES, SLICE, Session, Store, chain, lockout_seconds,
+    AdminSession, AtLeast, AuthorizationCode, BrowserSession, DEPENDENTS, Family, Invitation, LoginTransaction,
+    MAD_ADMIN_ROLE_ID, MIGRATIONS, ParkedHints, RefreshToken, RetiredKey, Role, SCATTERED, SEEDED_SCOPES, SLICE,
+    Session, Store, chain, lockout_seconds,
 )
 from appliance.upkeep import finish_deletions
 
@@ -33,7 +35,7 @@ class TestSchema:
     def test_a_record_has_the_columns_of_its_table_in_order(self, idp):
         records = [kind for kind in vars(rows).values() if isinstance(kind, type) and issubclass(kind, Record)]
         written = [record for record in records if record.table and record.__base__ is Record]
-        assert len(written) == len({record.table for record in written}) == 18
+        assert len(written) == len({record.table for record in written}) == 20
         for record in written:
             columns = [row[1] for row in idp.store.connection.execute(f"PRAGMA table_info({record.table})")]
             assert list(record.__struct_fields__) == columns, record
@@ -128,6 +130,18 @@ class TestSchema:
             store.delete_account("u")
         assert store.list_due_qr_files() == ["a/b.svg"]
 
+    @pytest.mark.parametrize("known, id", [((), SEEDED_SCOPES[-1][0]), (("mine",), "mine")])
+    def test_a_database_of_before_gets_the_scope_of_metrics_unless_it_has_one(self, from_before, known, id):
+        store = from_before(
+            "admin:read_metrics",
+            *(
+                f"INSERT INTO scope (id, name, created_at, modified_at) VALUES ('{id}', 'admin:read_metrics', 1, 1)"
+                for id in known
+            ),
+        )
+        found, total = store.list_scopes()
+        assert [(scope.id, scope.name, scope.created_at) for scope in found] == [(id, "admin:read_metrics", 1)]
+
     def test_a_database_without_the_table_of_browsers_gets_it(self, from_before):
         store = from_before(
             "CREATE TABLE device_failure",
@@ -137,6 +151,18 @@ class TestSchema:
         assert store.count_failed_device("d", "u", 50, 300, 1, 300, 3600) == store.find_device_lockout("d") == 350
         store.delete_account("u")
         assert store.find_device_lockout("d") == 0
+
+    def test_a_database_without_invitations_gets_their_table_and_its_logins_are_from_nowhere(self, from_before):
+        store = from_before(
+            "CREATE TABLE invitation",
+            "INSERT INTO account (id, username, email, password_hash, created_at, modified_at) "
+            "VALUES ('u', 'ann', 'ann@example.org', 'x', 1, 1)",
+            "INSERT INTO family VALUES ('s', 'u', 'app', '', 'pwd', 5, '', 5000, 90, NULL, '', '')",
+        )
+        assert (store.find_family("s").ip_address, store.find_family("s").user_agent) == ("", "")
+        store.put_invitation(Invitation("u", "i", "h", "invite", "", "root", 5, 90))
+        assert store.spend_invitation("h", 90) is None and store.spend_invitation("h", 89).user_id == "u"
+        assert store.spend_invitation("h", 89) is None
 
     def test_clients_of_before_have_no_switches(self, from_before):
         store = from_before("allow_http_redirects", self.CLIENT.format("password"))
@@ -208,6 +234,16 @@ class TestSchema:
         idp.store.confirm_client("b", client, 5)
         idp.store.confirm_client("gone", client, 5)
         assert idp.store.is_confirmed("b", client) and not idp.store.is_confirmed("gone", client)
+
+    def test_an_administrator_of_before_is_signed_in_at_no_console_and_can_be(self, idp, root, monkeypatch):
+        number = next(number for number, step in enumerate(MIGRATIONS) if "TABLE admin_session" in step)
+        monkeypatch.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[: number + 1])
+        idp.store.run("DROP TABLE admin_session")
+        idp.store.run(f"PRAGMA user_version = {number}")
+        idp.store.migrate()
+        assert idp.store.list_admin_sessions(root.id, idp.now(), 60) == []
+        _, console = m.begin_console(idp, m.LOCAL, idp.store.find_account(root.id), ["pwd"], None)
+        assert idp.store.list_admin_sessions(root.id, idp.now(), 60) == [console]
 
     def test_a_step_that_fails_leaves_nothing(self, idp, monkeypatch):
         monkeypatch.setattr("appliance.base.store.MIGRATIONS", (*MIGRATIONS, "CREATE TABLE new_one (x TEXT) STRICT;\n CREATE TABLE account (x TEXT);\n")
@@ -631,6 +667,7 @@ class TestRevoking:
             store.insert(
                 BrowserSession("b", alice.id, "pwd", late, 1000 * late, late, late + 60, None, "", "")
             )
+            store.insert(AdminSession("a", alice.id, "pwd", late, late, 1000 * late, late, late + 60, "", ""))
             store.insert(
                 AuthorizationCode(
                     "c", "service", alice.id, "s", "https://x", "", "", "", "", "", "pwd", late, 1000 * late, late + 60,
@@ -650,6 +687,7 @@ class TestRevoking:
         store.revoke_future_rows(now, 1000 * now, now // 30)
         account = store.find_account(alice.id)
         assert store.find_browser_session("b").revoked_at == now and store.find_code("c") is None
+        assert store.find_admin_session("a") is None
         assert not store.connection.execute("SELECT 1 FROM login_transaction").fetchone()
         assert store.find_device_lockout("d") == 0
         assert account.totp_last_step == now // 30
@@ -899,6 +937,10 @@ class TestRevoking:
         "delete_codes": lambda store: store.delete_codes("u", "c"),
         "delete_consent": lambda store: store.delete_consent("u", "c"),
         "list_families_of": lambda store: store.list_families_of("u"),
+        "keep_admin_session": lambda store: store.keep_admin_session("s", "u"),
+        "delete_admin_session": lambda store: store.delete_admin_session("s"),
+        "list_admin_sessions": lambda store: store.list_admin_sessions("u", 1, 1),
+        "list_admin_logins": lambda store: store.list_admin_logins("u", "c", 1),
         "list_browser_sessions": lambda store: store.list_browser_sessions("u", 1),
         "is_family_revoked": lambda store: store.is_family_revoked("s"),
         "sessions of a user": lambda store: store.list_sessions(user_id="u", limit=1),
@@ -927,3 +969,35 @@ class TestRevoking:
         few = ("SCAN totp_qr_file", "SCAN CONSTANT ROW")  # files of QR codes are few
         read = [plan for plan in plans if plan.startswith("SCAN") and not plan.startswith((*few, "SCAN (subquery"))]
         assert plans and not read, read
+
+
+class TestMarksOfWhatEnded:
+    """What programs of the machine compare, instead of asking whether a token of theirs is still good."""
+
+    @pytest.fixture
+    def changed(self, idp, tmp_path):
+        idp.store.generation.marks = ChangeMarks(str(tmp_path / "marks"), 1)
+
+        def call(work):
+            """Return which cells change: everything's, others'."""
+            before = (tmp_path / "marks").read_bytes()
+            work()
+            after = (tmp_path / "marks").read_bytes()
+            return before[24:32] != after[24:32], before[32:] != after[32:]
+
+        return call
+
+    def test_a_revoked_token_has_a_mark_of_its_own(self, idp, changed, machine):
+        assert changed(lambda: idp.store.revoke_jti(machine["jti"], 9, 1)) == (False, True)
+
+    def test_whatever_clients_may_changes_the_mark_of_everything(self, idp, changed, service):
+        caller, client = m.LOCAL.acting_as("t"), m.get_client(idp, service[0])
+        for work in (
+            lambda: m.revoke_client(idp, caller, client.row, "client_revoked"),
+            lambda: m.remove_scope(idp, caller, client, "api:read"), lambda: m.delete_client(idp, caller, service[0]),
+        ):
+            assert changed(work) == (True, False)
+
+    def test_a_token_that_is_issued_changes_none(self, changed, auth, service, alice, log_in):
+        assert changed(lambda: auth.post("/token", {"grant_type": "client_credentials"}, auth=service)) == (False, False)
+        assert changed(lambda: log_in(alice)) == (False, False)

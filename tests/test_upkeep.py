@@ -82,6 +82,13 @@ class TestPurge:
             purge(idp)
             assert (count(idp, "login_transaction"), count(idp, "browser_session")) == rows
 
+    def test_a_session_at_the_console_goes_when_it_is_over(self, idp, root, clock):
+        m.begin_console(idp, m.LOCAL, root.account, ["pwd"], None)
+        for seconds, there in ((idp.options.console_absolute_expiration, 1), (1, 0)):
+            clock.pass_(seconds)
+            purge(idp)
+            assert count(idp, "admin_session") == there
+
     def test_failures_in_a_browser_are_remembered_for_a_day_and_an_hour(self, idp, alice, clock):
         idp.store.count_failed_device("d", alice.id, idp.now(), 300, 5, 300, 3600)
         for seconds, there in ((DAY + 3600, 1), (1, 0)):

@@ -24,9 +24,10 @@ from hypothesis import strategies as st
 from appliance.base import wire
 from appliance.base.headers import security_headers
 from appliance.base.hashing import Busy, HashGate, NameLocks
+from appliance.base.tls import tls_context
 from appliance.base.wire import (
     HttpRefusal, Limits, SWEEP, Server, _path_info, client_address, find_listener, listen, listen_at_machine,
-    listen_shared, pause_listening, peer_user, resume_listening, tls_context,
+    listen_shared, pause_listening, peer_user, resume_listening,
 )
 
 HOST = b"Host: box\r\n"
@@ -621,11 +622,18 @@ class TestRequests:
     def test_a_bug_of_the_application_tells_nothing(self, run):
         one = run()
         said = one.get(b"/bug")
+        (request_id,) = re.findall(rb"\r\nX-Request-Id: ([0-9a-f]{16})\r\n", said)
         assert json.loads(said.partition(b"\r\n\r\n")[2]) == {
             "success": False, "message": "The server failed.", "error": "server_error",
+            "request_id": request_id.decode(),
         }
         assert fields_of(security_headers()) in said
         assert b" 500 " in said and b"secret" not in said and [event for event, _ in one.logged] == ["error"]
+
+    def test_every_answer_names_its_request(self, shared):
+        said = shared.say(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n" * 2 + b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
+        names = re.findall(rb"\r\nX-Request-Id: ([0-9a-f]{16})\r\n", said)
+        assert len(names) == len(set(names)) == len(statuses(said)) == 3
 
     def test_blocks_are_bounded(self, run):
         server = run().server
@@ -1350,7 +1358,7 @@ class TestTls:
 
     @pytest.mark.parametrize("name, password", [("box.pem", None), ("box.p12", "phrase")])
     def test_both_kinds_of_file(self, run, certificate, name, password):
-        one = run(tls=tls_context(str(certificate / name), None, password))
+        one = run(tls=tls_context(str(certificate / name), "", password or ""))
         with self.client(certificate).wrap_socket(one.connect(), server_hostname="localhost") as sock:
             for _ in range(3):
                 sock.sendall(b"POST /x HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000\r\n\r\n" + b"y" * 20000)
@@ -1362,7 +1370,7 @@ class TestTls:
     @pytest.mark.parametrize("name, key", [("sealed.pem", None), ("ca.pem", "key.pem")])
     def test_a_pem_key_may_have_a_passphrase(self, certificate, name, key):
         assert (
-            tls_context(str(certificate / name), key and str(certificate / key), "phrase").minimum_version
+            tls_context(str(certificate / name), str(certificate / key) if key else "", "phrase").minimum_version
             == ssl.TLSVersion.TLSv1_2
         )
 
@@ -1379,7 +1387,7 @@ class TestTls:
     )
     def test_what_does_not_open_is_a_sentence(self, certificate, name, key, password, why):
         with pytest.raises(ValueError) as caught:
-            tls_context(str(certificate / name), key and str(certificate / key), password)
+            tls_context(str(certificate / name), str(certificate / key) if key else "", password or "")
         assert why in str(caught.value) and "\n" not in str(caught.value) and str(certificate) in str(caught.value)
 
     @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])

@@ -6,6 +6,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +17,11 @@ import msgspec
 import sqlcipher3
 
 from appliance.base import StartupError
-from appliance.base.files import guard_private, open_owned
+from appliance.base.files import guard_private, open_owned, open_secret
+from appliance.base.settings import Options
 from appliance.base.log import Log
-from appliance.base.shared import Byte, Numbers, Shared
+from appliance.base.shared import Byte, ChangeMarks, Numbers, Shared
+from appliance.base.metrics import COMMIT_FAILURES, COMMIT_SECONDS, COMMIT_SIZE, Counters
 from appliance.base.wal import MarkFile, find_damage
 
 
@@ -97,6 +100,7 @@ class Generation(Shared):
     failed = Byte()  # a write has failed, and no write has succeeded since
     locked = Byte()  # another process has held the database lock for at least LOCK_SECONDS
     unsynced = Byte()  # an fsync of the WAL has failed: the kernel may have dropped the dirty pages
+    held = Byte()  # an upgrade tries this program, and may still go back: nothing is answered but its health
     healed = Byte()  # counts recoveries after a failure; connections opened before the last one are closed, not reused
     files = Numbers("Q", 6)  # device and inode of the database, its -wal and its -shm, as all processes have them open
 
@@ -104,6 +108,7 @@ class Generation(Shared):
         super().__init__()
         self.slot = 0
         self.lock = threading.Lock()
+        self.marks = ChangeMarks()  # set by the server
 
     def read(self) -> bytes:
         return self.counts.tobytes()
@@ -111,6 +116,7 @@ class Generation(Shared):
     def bump(self) -> None:
         with self.lock:
             self.counts[self.slot] += 1
+        self.marks.touch()
 
     def beat(self) -> None:
         self.beats[self.slot] = self.beats[self.slot] % 255 + 1
@@ -135,11 +141,29 @@ def derive_key(passphrase: str, salt: bytes) -> str:
     return (key + salt).hex()
 
 
-def read_database_key(path: str, passphrase: str, unencrypted: bool, is_ours=True) -> str:
+def read_key_file(path: str, in_container=False) -> bytes:
+    """Return the 256-bit key in a file: 32 octets, or 64 hexadecimal digits and perhaps a line end.
+
+    Raises StartupError.
+    """
+    try:
+        with open_secret(path, "db-key-file", in_container) as file:
+            content = file.read(100)
+    except ValueError as error:
+        raise StartupError(str(error)) from None
+    if len(content) == 32:
+        return content
+    if re.fullmatch(rb"[0-9A-Fa-f]{64}\r?\n?", content):
+        return bytes.fromhex(content.decode())
+    raise StartupError(f"db-key-file: {path} holds neither 32 octets nor 64 hexadecimal digits")
+
+
+def read_database_key(path: str, passphrase: str, unencrypted: bool, is_ours=True, raw=b"") -> str:
     """Return the raw key of an existing database, or "" if it is unencrypted. Raises StartupError with a sentence.
 
     Whoever opens the database asks for its key first, and here it is checked that nobody else could have put it there.
-    A backup that somebody names may be anybody's: `is_ours` is false.
+    A backup that somebody names may be anybody's: `is_ours` is false. `raw` is the content of db-key-file: with it
+    there is nothing to derive.
     """
     try:
         with os.fdopen(open_owned(path) if is_ours else os.open(path, os.O_RDONLY | os.O_CLOEXEC), "rb") as file:
@@ -152,14 +176,31 @@ def read_database_key(path: str, passphrase: str, unencrypted: bool, is_ours=Tru
     if size < 512 or len(head) < 16:
         raise StartupError(f"the database {path} is truncated ({size} bytes): restore a backup; it is left as it is")
     if head == SQLITE_MAGIC:
-        if passphrase and not unencrypted:
+        if (passphrase or raw) and not unencrypted:
+            name = "db-key-file" if raw else "db-pass"
             raise StartupError(
-                f"the database {path} is not encrypted, but db-pass is set: unset it, or set no-db-pass = true"
+                f"the database {path} is not encrypted, but {name} is set: unset it, or set no-db-pass = true"
             )
         return ""
+    if raw:
+        return (raw + head).hex()
     if unencrypted or not passphrase:
-        raise StartupError(f"the database {path} is encrypted or damaged, and no db-pass is given")
+        raise StartupError(f"the database {path} is encrypted or damaged, and no db-pass or db-key-file is given")
     return derive_key(passphrase, head)
+
+
+def database_key(options: Options, path: str = "", is_ours=True) -> str:
+    """Return what read_database_key() does, for the database of these options or another one."""
+    raw = read_key_file(options.db_key_file, options.docker) if options.db_key_file else b""
+    return read_database_key(path or options.db_file, options.db_pass, options.no_db_pass, is_ours, raw)
+
+
+def new_database_key(options: Options) -> str:
+    """Return the raw key for a database that is to be made, or "" for one that is not to be encrypted."""
+    salt = os.urandom(16)
+    if options.db_key_file:
+        return (read_key_file(options.db_key_file, options.docker) + salt).hex()
+    return derive_key(options.db_pass, salt) if options.db_pass else ""
 
 
 class PooledConnection:
@@ -270,6 +311,7 @@ class Database:
         self.blocking: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         # Set by the server. Whether requests are queued, which may write soon.
         self.expecting: Callable[[], bool] = lambda: False
+        self.counters: Counters | None = None  # set by the server
         self.written_at = -float(PROBE_SECONDS)  # monotonic seconds
         self.clock: Callable[[], float] = time.time  # Unix seconds; set by the server
         self.mark = MarkFile(self.path)  # of the write-ahead log
@@ -540,6 +582,13 @@ class Database:
     def note_failure(self, error: Exception) -> None:
         """Let all processes know that a write has failed."""
         self.generation.failed = 1
+        if self.counters:
+            self.counters.add(COMMIT_FAILURES)
+
+    def count_commit(self, kind: str, size: int, seconds: float) -> None:
+        if self.counters:
+            self.counters.observe(COMMIT_SECONDS, seconds, kind)
+            self.counters.observe(COMMIT_SIZE, size, kind)
 
     # -- groups --
 
@@ -642,6 +691,7 @@ class Database:
                 group.committed = True
             self.written_at = time.monotonic()
             self.sync_seconds, self.last_size = self.written_at - began, group.size
+            self.count_commit("group", group.size, self.sync_seconds)
             if shared.failed:
                 shared.failed, shared.healed = 0, shared.healed + 1 & 0xFF
         except sqlcipher3.Error as error:

@@ -7,7 +7,8 @@ import os
 import re
 import stat
 import sys
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
 
 from appliance.base import StartupError
 
@@ -224,7 +225,8 @@ def is_private(info: os.stat_result, who: Identity) -> bool:
         return True
     if info.st_uid or info.st_mode & 0o037:
         return False
-    return info.st_gid in (0, *who.gids) if who.uid else info.st_gid not in who.gids
+    # Root's own group is the default of what root makes, and no decision. systemd has root enter the service's.
+    return info.st_gid in (0, *who.gids) if who.uid else info.st_gid != 0
 
 
 def guard_private(descriptor: int, path: str, why: str, who: Identity | None = None):
@@ -241,8 +243,9 @@ def guard_private(descriptor: int, path: str, why: str, who: Identity | None = N
     warn(f"{path} was readable by others, and {why}; it is now yours alone")
 
 
-def read_secret_file(path: str, name: str, in_container=False) -> str:
-    """Return the secret in the first line of a file. `name` is for the message. Raises ValueError.
+@contextlib.contextmanager
+def open_secret(path: str, name: str, in_container=False) -> Iterator[BinaryIO]:
+    """Open a file of secrets. `name` is for the message. Raises ValueError.
 
     Refuses one that others can read, but `in_container`: there are no others, and Docker mounts secrets with 0444.
     """
@@ -252,11 +255,18 @@ def read_secret_file(path: str, name: str, in_container=False) -> str:
             is_read_by_others = stat.S_ISREG(info.st_mode) and not is_private(info, current_identity())
             if is_read_by_others and (not in_container or info.st_mode & 0o022):
                 raise ValueError(f"{name}: {path} can be read by others: chmod 600 {path}")
+            yield file
+    except OSError as error:
+        raise ValueError(f"{name}: {path} cannot be read: {error.strerror}") from None
+
+
+def read_secret_file(path: str, name: str, in_container=False) -> str:
+    """Return the secret in the first line of a file that open_secret() opens. Raises ValueError."""
+    try:
+        with open_secret(path, name, in_container) as file:
             line = file.readline().decode().rstrip("\r\n")
     except UnicodeDecodeError:
         raise ValueError(f"{name}: {path} cannot be read: it is not UTF-8") from None
-    except OSError as error:
-        raise ValueError(f"{name}: {path} cannot be read: {error.strerror}") from None
     if not line:
         raise ValueError(f"{name}: the first line of {path} is empty")
     return line

@@ -17,6 +17,7 @@ from argon2.low_level import (
     hash_secret as argon2_hash, hash_secret_raw as argon2_raw, verify_secret as argon2_verify,
 )
 
+from appliance.base.metrics import ARGON2_QUEUE, ARGON2_REFUSALS, ARGON2_SECONDS, ARGON2_WAIT_SECONDS, Counters
 from appliance.base.settings import Options
 
 
@@ -46,7 +47,7 @@ class HashGate:
     All services of a box are one peer, and all of them reconnect at once after a power cut. So a peer
     without failures may use up to half of `capacity`, a peer that sent a wrong secret half of `blamed_capacity`.
     Whoever is at the machine goes first and is never refused, or strangers could keep the gate full.
-    The server sets `blocking`, which keeps threads free for requests that need no hashing.
+    The server sets `blocking`, which keeps threads free for requests that need no hashing, and `counters`.
     """
 
     def __init__(self, max_running, max_waiting=320, max_waiting_blamed=60):
@@ -61,6 +62,7 @@ class HashGate:
         self.lock = threading.Lock()
         self.thread = threading.local()
         self.blocking: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+        self.counters = Counters()
 
     def blame(self, peer: str):
         """Record that this peer sent a wrong secret, for BLAME_SECONDS."""
@@ -100,8 +102,10 @@ class HashGate:
         with self.lock:
             wait = self.expected_wait(peer)
             if not goes_first and (self.is_full(peer) or wait > MAX_WAIT):
+                self.counters.add(ARGON2_REFUSALS)
                 raise Busy("the Argon2 gate is full", min(MAX_WAIT, int(wait) + 1))
             self.in_use += 1
+            self.counters.add(ARGON2_QUEUE)
             self.per_peer[peer] += 1
         self.thread.has_slot, self.thread.peer, self.thread.goes_first = True, peer, goes_first
         try:
@@ -111,6 +115,7 @@ class HashGate:
             self.thread.has_slot = False
             with self.lock:
                 self.in_use -= 1
+                self.counters.add(ARGON2_QUEUE, by=-1)
                 self.per_peer[peer] -= 1
                 if not self.per_peer[peer]:
                     del self.per_peer[peer]
@@ -122,6 +127,7 @@ class HashGate:
         The gate serves peers round robin, so a peer with many requests does not delay the others.
         """
         waiter, peer, goes_first = threading.Lock(), self.thread.peer, self.thread.goes_first
+        queued_at = time.monotonic()
         with self.lock:
             if self.running < self.max_running:
                 self.running += 1
@@ -134,12 +140,15 @@ class HashGate:
                     (self.going_first if goes_first else self.queues[peer]).remove(waiter)
                     if not goes_first and not self.queues[peer]:
                         del self.queues[peer]
+                    self.counters.add(ARGON2_REFUSALS)
                     raise Busy("the wait for Argon2 was too long", MAX_WAIT)
         started = time.monotonic()
+        self.counters.observe(ARGON2_WAIT_SECONDS, started - queued_at)
         try:
             yield
         finally:
             seconds = time.monotonic() - started
+            self.counters.observe(ARGON2_SECONDS, seconds)
             with self.lock:
                 self.mean_seconds += (seconds - self.mean_seconds) / 8
                 self.release_next()

@@ -141,12 +141,9 @@ def open_key(path: str, pem: bytes, encrypted: bool, passphrase: str) -> bytes:
     )
 
 
-def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
-    """Return the keys of a ring file; a single PEM key without a comment is a ring too.
-
-    Raises StartupError: a bad key stops the start and is never replaced by a new one.
-    """
-    content, entries = read_ring_file(path), []
+def parse_ring(content: bytes, path: str, passphrase: str) -> list[KeyEntry]:
+    """Return the keys in the content of a ring file. `path` is for the messages. See read_ring()."""
+    entries = []
     for match in PEM_BLOCK.finditer(content):
         state, since, kind = match.groups()
         encrypted = kind == b"ENCRYPTED PRIVATE KEY" or b"Proc-Type: 4,ENCRYPTED" in match.group()
@@ -163,6 +160,14 @@ def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
     if not any(entry.state == "active" for entry in entries):
         raise StartupError(f"the signing key {path} holds no usable key: it is empty or damaged; restore a backup")
     return entries
+
+
+def read_ring(path: str, passphrase: str) -> list[KeyEntry]:
+    """Return the keys of a ring file; a single PEM key without a comment is a ring too.
+
+    Raises StartupError: a bad key stops the start and is never replaced by a new one.
+    """
+    return parse_ring(read_ring_file(path), path, passphrase)
 
 
 def alg_of(entry: KeyEntry) -> str:
@@ -246,7 +251,7 @@ class Key(PublicKey):
     """A loaded key: it signs and verifies."""
 
     def __init__(self, entry: KeyEntry):
-        self.state = entry.state
+        self.state, self.since = entry.state, entry.since
         key = serialization.load_der_private_key(entry.der, None, unsafe_skip_rsa_key_validation=True)
         self.private = cast(rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey, key)  # read_ring() accepts no other
         super().__init__(self.private.public_key())

@@ -7,10 +7,13 @@ import logging
 import os
 import re
 import select
+import socket
 import stat
+import struct
 import sys
 import time
 import traceback
+from types import MappingProxyType
 from typing import Any
 
 from appliance.base.files import current_identity, other_writer
@@ -103,6 +106,47 @@ class Console(logging.StreamHandler):
         super().emit(record)
 
 
+class Journal(logging.Handler):
+    """The journal of systemd: an event is a datagram with its level and each of its fields.
+
+    `journalctl -u microauthd MICROAUTHD_PEER=192.0.2.1` finds by a field; MESSAGE has them all as text. What does not
+    fit, or comes while nobody listens, goes to stderr, which leads to the journal as well, with its level in front.
+    systemd.journal-fields(7), sd-daemon(3), https://systemd.io/JOURNAL_NATIVE_PROTOCOL/
+    """
+
+    PRIORITIES = MappingProxyType({"error": 3, "warning": 4, "notice": 5, "info": 6, "debug": 7})
+
+    def __init__(self, path: str, stream):
+        super().__init__()
+        self.path, self.stream = path, stream
+        self.channel = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+
+    def encode(self, record) -> bytes:
+        fields = {
+            "PRIORITY": str(self.PRIORITIES[record.event_level]), "SYSLOG_IDENTIFIER": "microauthd",
+            "MESSAGE": record.message_only, "MICROAUTHD_EVENT": record.event,
+        }
+        for key, value in record.fields.items():
+            name = "MICROAUTHD_" + re.sub("[^A-Z0-9_]", "_", key.upper())
+            lines = str(value).split("\n") if key == "traceback" else [str(value)]
+            fields[name] = "\n".join(map(escape, lines))
+        datagram = b""
+        for name, value in fields.items():
+            octets = value.encode("utf-8", "backslashreplace")
+            # With its length, a value may hold line feeds.
+            datagram += name.encode() + b"\n" + struct.pack("<Q", len(octets)) + octets + b"\n"
+        return datagram
+
+    def emit(self, record):
+        try:
+            self.channel.sendto(self.encode(record), self.path)
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                Console(self.stream).emit(
+                    logging.makeLogRecord({"msg": f"<{self.PRIORITIES[record.event_level]}>{record.message_only}"})
+                )
+
+
 class Log:
     """`log(event, key=value, …)`: one line. `level` is a name of the logging module, lower case, or `notice`, which is
     written whatever `log-level` says.
@@ -115,7 +159,13 @@ class Log:
     LINES, OCTETS = 200, 60_000
     BUGS, BUG_SECONDS = 5, 60
 
-    def __init__(self, options: Options | None = None, stream=None):
+    def __init__(self, options: Options | None = None, stream=None, journal=""):
+        """`stream` is where lines go in place of the console, `journal` the socket of systemd's journal.
+
+        Lines go to the file and to a console that somebody looks at. Where nobody chose the file, they go to the
+        console even if it is no terminal: what a service manager or a container collects there is what its operator
+        reads first.
+        """
         self.json = options is not None and options.log_format == "json"
         self.second, self.lines, self.octets, self.left_out = 0, 0, 0, 0
         self.bugs: dict[str, tuple[float, int]] = {}  # place in the code: when its window began, how many since
@@ -123,10 +173,13 @@ class Log:
             "microauthd", getattr(logging, options.log_level.upper()) if options else logging.INFO
         )
         handlers: list[logging.Handler] = []
-        if options and options.log_file:
+        is_chosen = options is not None and "log-file" in options.origins
+        in_container = options is not None and options.docker
+        if options and options.log_file and (is_chosen or not in_container):
             handlers.append(LogFile(options.log_file))
-        if stream or not handlers or sys.stderr.isatty():
-            handlers.append(Console(stream or sys.stderr))
+        if stream or not (handlers and is_chosen) or sys.stderr.isatty():
+            stream = stream or (sys.stdout if in_container else sys.stderr)
+            handlers.append(Journal(journal, stream) if journal else Console(stream))
         for handler in handlers:
             handler.setFormatter(logging.Formatter("%(message)s"))
             self.logger.addHandler(handler)
@@ -172,12 +225,15 @@ class Log:
             fields["traceback"] = "".join(traceback.format_exception(error))
         if self.json:
             line = json.dumps({"at": stamp, "level": level, "event": event, "pid": os.getpid(), **fields}, default=str)
+            message = line
         else:
             words = " ".join(
                 f"{key}={json.dumps(escape(value))}" if re.search(r'[\s"=]', str(value)) else f"{key}={escape(value)}"
                 for key, value in fields.items()
                 if value not in ("", None)
             )
-            line = f"{stamp} {level.upper():7} {event} {words}".rstrip()
+            message = f"{event} {words}".rstrip()  # the journal has time and level of its own
+            line = f"{stamp} {level.upper():7} {message}"
         self.octets += len(line)
-        self.logger.log(number, "%s", line)
+        told = {"event": event, "event_level": level, "fields": fields, "message_only": message}
+        self.logger.log(number, "%s", line, extra=told)

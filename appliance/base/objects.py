@@ -23,6 +23,7 @@ Maybe = msgspec.UnsetType
 GRANT_TYPES = ("authorization_code", "client_credentials", "password", "refresh_token")  # RFC 6749 §4, §6
 USERNAME_MAX, EMAIL_MAX, PASSWORD_MAX, LABEL_MAX, URI_MAX, PROVIDER_KEY_MAX = 100, 254, 255, 255, 2000, 50
 SECRET_MIN, SECRET_MAX = 8, 255
+REASON_MAX = 200
 
 
 def limited(schema: dict) -> msgspec.Meta:
@@ -62,6 +63,13 @@ class CreateUser(ProvisionUser):
     """POST /users. Only an administrator says that an address is verified: clients link accounts by it."""
 
     email_verified: bool = False
+    without_password: bool = False  # nobody knows its password: an invitation lets the user choose one
+
+
+class Invite(msgspec.Struct):
+    """POST /users/{id}/invitations."""
+
+    purpose: Literal["invite", "reset"] = "invite"
 
 
 class UpdateUser(msgspec.Struct):
@@ -88,6 +96,7 @@ class SetLockout(msgspec.Struct):
     """
 
     lockout_until: str | int | None
+    reason: Annotated[str, limited({"maxLength": REASON_MAX})] = ""
 
 
 class VerifyPassword(msgspec.Struct):
@@ -194,10 +203,21 @@ class CheckAccess(msgspec.Struct):
     permission_id: str = ""
     permission: str = ""
     scope: str = ""
+    explain: bool = False
+
+
+class NewFlag(msgspec.Struct):
+    """A feature flag of a new client; `options` is its option, where it takes one."""
+
+    is_enabled: bool = True
+    options: Label = ""
 
 
 class CreateClient(msgspec.Struct):
-    """POST /clients. The server generates a secret if a confidential client comes without one."""
+    """POST /clients. The server generates a secret if a confidential client comes without one.
+
+    `flags` are by name, such as TOKEN_EXPIRATION. Nothing is registered if a part is refused.
+    """
 
     client_id: Name
     client_secret: NewSecret | None = None
@@ -211,6 +231,18 @@ class CreateClient(msgspec.Struct):
     is_first_party: bool = True
     allow_http_redirects: bool = False
     allow_short_schemes: bool = False
+    redirect_uris: list[Uri] | None = None
+    post_logout_redirect_uris: list[Uri] | None = None
+    cors_origins: list[Uri] | None = None
+    flags: dict[str, NewFlag] | None = None
+
+    def uris(self) -> tuple[tuple[str, str, list[str] | None], ...]:
+        """Return (member, kind, URIs) of each kind."""
+        return (
+            ("redirect_uris", "redirect", self.redirect_uris),
+            ("post_logout_redirect_uris", "post_logout", self.post_logout_redirect_uris),
+            ("cors_origins", "cors_origin", self.cors_origins),
+        )
 
 
 class UpdateClient(msgspec.Struct):
@@ -241,6 +273,24 @@ class AddUri(msgspec.Struct):
     """POST /clients/{id}/redirect-uris, unless the body is a bare string."""
 
     uri: Uri
+
+
+class TryUri(msgspec.Struct):
+    """POST /clients/{id}/uris/check."""
+
+    kind: Annotated[str, limited({"enum": ["redirect", "post_logout", "cors_origin"]})]
+    uri: Uri
+
+
+class PreviewTokens(msgspec.Struct):
+    """POST /clients/{id}/preview: without `user_id`, of the client's own token.
+
+    `claims` is the parameter of OpenID Connect Core §5.5.
+    """
+
+    user_id: str = ""
+    scope: Annotated[str, msgspec.Meta(max_length=4096)] | None = None
+    claims: dict | None = None
 
 
 class SetFlag(msgspec.Struct):
@@ -294,6 +344,12 @@ class AssignScopes(msgspec.Struct):
     @property
     def ids(self):
         return self.scope_ids or self.scopeIds or ([self.scope_id] if self.scope_id else [])
+
+
+class SetScopes(msgspec.Struct):
+    """PUT /clients/{id}/scopes and /users/{id}/scopes: all the scopes there are to be, by id or name."""
+
+    scope_ids: list[str]
 
 
 class ScopeMember(msgspec.Struct):
@@ -414,6 +470,13 @@ class CodeForm(StepForm):
     totp: str
 
 
+class EnrolForm(StepForm):
+    """`skip` leaves out a second factor that is offered and not demanded."""
+
+    totp: str = ""
+    skip: str = ""
+
+
 class SelectForm(StepForm):
     """`username` has the user that the page showed."""
 
@@ -460,6 +523,17 @@ class EndSessionForm(msgspec.Struct):
     hint_handle: str = ""
 
 
+class InvitePageForm(msgspec.Struct):
+    """`code` is the secret of an invitation."""
+
+    code: str = ""
+
+
+class InviteForm(InvitePageForm):
+    form: str = ""
+    new_password: NewPassword = ""
+
+
 class AccountForm(msgspec.Struct):
     action: str
     form: str
@@ -471,6 +545,21 @@ class AccountForm(msgspec.Struct):
 
 class LogoutForm(BearerForm):
     form: str = ""
+
+
+class SignIn(msgspec.Struct):
+    """POST /dashboard/session. `totp` is for an administrator with a second factor."""
+
+    username: str
+    password: str
+    totp: str = ""
+
+
+class Proof(msgspec.Struct):
+    """POST /dashboard/session/proof. `totp` is for an administrator with a second factor."""
+
+    password: str
+    totp: str = ""
 
 
 class AdminTokenForm(msgspec.Struct):
@@ -500,6 +589,16 @@ class ListUsers(msgspec.Struct):
     offset: Offset = 0
 
 
+class SearchUsers(ListUsers):
+    """`role` is an id or a name; `unused_since` selects users who did not log in since then."""
+
+    is_admin: bool | None = None
+    locked: bool | None = None
+    totp: bool | None = None
+    role: str | None = None
+    unused_since: str | int | None = None
+
+
 class ListNamed(msgspec.Struct):
     q: Annotated[str, msgspec.Meta(max_length=255)] = ""
     sort: Literal["name", "-name", "created_at", "-created_at"] = "name"
@@ -507,11 +606,22 @@ class ListNamed(msgspec.Struct):
     offset: Offset = 0
 
 
+class ListRoleMatrix(ListNamed):
+    """`with` names what is shown besides: permissions, user_count, or both, separated by a comma."""
+
+    more: Annotated[str, limited({"enum": ["", "permissions", "user_count", "permissions,user_count"]})] = msgspec.field(
+        default="", name="with"
+    )
+
+
 class ListClients(msgspec.Struct):
     q: Annotated[str, msgspec.Meta(max_length=255)] = ""
     sort: Literal["display_name", "-display_name", "client_id", "-client_id", "created_at", "-created_at"] = (
         "display_name"
     )
+    client_type: Literal["confidential", "public"] | None = None
+    is_active: bool | None = None
+    grant_type: Literal["authorization_code", "client_credentials", "password", "refresh_token"] | None = None
     limit: Limit = 1000
     offset: Offset = 0
 
@@ -521,10 +631,36 @@ class Paged(msgspec.Struct):
     offset: Offset = 0
 
 
+AfterId = Annotated[str, msgspec.Meta(max_length=64)]
+
+
+class PagedById(Paged):
+    """`after` is the id of the last row of the page before, in place of `offset`: Link says it."""
+
+    after: AfterId | None = None
+
+
 class ListSessions(msgspec.Struct):
+    """`living` selects the tokens that are alive; `sid` is that of a login.
+
+    `after` is the id of the last row of the page before, in place of `offset`, where they are sorted by id.
+    """
+
     user_id: str | None = None
     client_id: str | None = None
+    living: bool = False
+    ip_address: str | None = None
+    mad_use: Literal["auth", "admin"] | None = None
+    sid: str | None = None
     sort: Literal["id", "-id", "expires_at", "-expires_at"] = "-id"
+    after: AfterId | None = None
+    limit: Limit = 1000
+    offset: Offset = 0
+
+
+class ListBrowserSessions(msgspec.Struct):
+    user_id: str | None = None
+    ip_address: str | None = None
     limit: Limit = 1000
     offset: Offset = 0
 
@@ -536,7 +672,10 @@ class ListRoles(msgspec.Struct):
 
 
 class ListAudit(msgspec.Struct):
-    """`userId` is the actor; `target` matches target or secondary; `after` is an id: later rows, oldest first."""
+    """`userId` is the actor; `target` matches target or secondary; `after` is an id: later rows, oldest first.
+
+    `about` is a user, by id or name: the rows of what the user did, and of what was done to the user.
+    """
 
     userId: str | None = None
     user_id: str | None = None
@@ -544,12 +683,35 @@ class ListAudit(msgspec.Struct):
     target: str | None = None
     since: str | int | None = None
     until: str | int | None = None
+    result: Literal["success", "failure"] | None = None
+    ip_address: str | None = None
+    request_id: str | None = None
+    about: str | None = None
     after: Annotated[int, msgspec.Meta(ge=0, le=10**15)] | None = None
     limit: Annotated[int, msgspec.Meta(ge=-(10**9), le=10**9)] = 100
     offset: Offset = 0
 
 
+class ReadHistory(msgspec.Struct):
+    """`series` are names separated by commas, without it all; `range` is 1h, 1d or 7d."""
+
+    series: str | None = None
+    range: str = "1d"
+
+
 class ExportAudit(msgspec.Struct):
+    """The filters are those of ListAudit."""
+
+    userId: str | None = None
+    user_id: str | None = None
+    action: str | None = None
+    target: str | None = None
+    since: str | int | None = None
+    until: str | int | None = None
+    result: Literal["success", "failure"] | None = None
+    ip_address: str | None = None
+    request_id: str | None = None
+    about: str | None = None
     after: Annotated[int, msgspec.Meta(ge=0, le=10**15)] = 0
     limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10_000
 
@@ -565,10 +727,13 @@ class OfClient(msgspec.Struct):
 
 
 class Err(msgspec.Struct):
+    """`request_id` is that of the log and the audit log."""
+
     success: bool
     message: str
     error: str
     errors: dict[str, str] | Maybe = UNSET
+    request_id: str | Maybe = UNSET
 
 
 class OAuthError(msgspec.Struct):
@@ -615,6 +780,47 @@ class UserObject(msgspec.Struct):
     totp_enabled: bool
 
 
+class UserDetails(UserObject):
+    """A user as ADMIN shows it. `roles` are names; `lockout_by` is the user name, or the component, that locked it."""
+
+    last_login_at: str | None
+    is_admin: bool
+    roles: list[str]
+    totp_locked_until: str | None
+    lockout_reason: str
+    lockout_by: str
+    recovery_codes_left: int
+
+
+class TotpConfirmed(Msg):
+    """`recovery_codes` are shown once, for a lost authenticator."""
+
+    recovery_codes: list[str]
+
+
+class RecoveryCodes(msgspec.Struct):
+    """Shown once. Each works once, in place of a one-time code."""
+
+    recovery_codes: list[str]
+
+
+class InvitationObject(msgspec.Struct):
+    """A living invitation, described without its link."""
+
+    id: str
+    user_id: str
+    purpose: str
+    created_by: str
+    created_at: str
+    expires_at: str
+
+
+class NewInvitation(InvitationObject):
+    """`url` is shown once: whoever has it chooses the password of the user."""
+
+    url: str
+
+
 class PasswordVerdict(msgspec.Struct):
     valid: bool
     user_id: str
@@ -651,11 +857,20 @@ class NameRef(msgspec.Struct):
     name: str
 
 
+class RoleWithMore(RoleObject):
+    """A role of a list, with what `with` asked for."""
+
+    permissions: list[NameRef] | Maybe = UNSET
+    user_count: int | Maybe = UNSET
+
+
 class AccessVerdict(msgspec.Struct):
     access: bool
     user_id: str | Maybe = UNSET
     permission_id: str | Maybe = UNSET
     allowed: bool | Maybe = UNSET
+    reason: str | Maybe = UNSET  # with `explain`
+    by_roles: list[str] | Maybe = UNSET
 
 
 class ScopeObject(msgspec.Struct):
@@ -673,6 +888,15 @@ class ConsentObject(msgspec.Struct):
 
     client_id: str
     display_name: str
+    scopes: list[str]
+    given_at: str
+
+
+class UserConsentObject(msgspec.Struct):
+    """What a user allowed one client: scopes, and since when."""
+
+    user_id: str
+    username: str
     scopes: list[str]
     given_at: str
 
@@ -695,6 +919,7 @@ class ClientObject(msgspec.Struct):
     access_token_signed_alg: str
     id_token_signed_response_alg: str
     scopes: list[str]
+    last_token_at: str | None
     client_secret: str | Maybe = UNSET
 
 
@@ -711,6 +936,41 @@ class UriObject(msgspec.Struct):
     client_id: str
     uri: str
     redirect_uri: str | Maybe = UNSET
+
+
+class UriVerdict(msgspec.Struct):
+    """Whether a client could be given a URI. `reason` is empty if it could; `nearest` is its most similar URI."""
+
+    ok: bool
+    reason: str
+    nearest: str | None
+
+
+class PreviewedScopes(msgspec.Struct):
+    """`left_out` says of each scope that was requested and would not be granted why."""
+
+    granted: list[str]
+    left_out: dict[str, str]
+
+
+class PreviewedToken(msgspec.Struct):
+    header: dict
+    claims: dict
+
+
+class Preview(msgspec.Struct):
+    """What a client would get. `refused` is the error that it would get instead, or empty.
+
+    `obstacles` keep the user from logging in; `consent` has the scopes for which the user would be asked first.
+    """
+
+    refused: str
+    obstacles: list[str]
+    scopes: PreviewedScopes
+    consent: list[str]
+    access_token: PreviewedToken | None = None
+    id_token: PreviewedToken | None = None
+    userinfo: dict | None = None
 
 
 class FlagObject(msgspec.Struct):
@@ -748,6 +1008,29 @@ class SessionObject(msgspec.Struct):
     session_expires_at: str | None
     client_identifier: str
     created_at: str
+
+
+class SessionDetails(SessionObject):
+    """`sid` is null for a client's own token. Address and browser are those of the login, empty where unknown."""
+
+    sid: str | None
+    scope: str
+    ip_address: str
+    user_agent: str
+
+
+class BrowserSessionObject(msgspec.Struct):
+    """A user who is logged in at a browser; `id` is a hash of its cookie."""
+
+    id: str
+    user_id: str
+    username: str
+    amr: list[str]
+    authenticated_at: str
+    last_seen_at: str
+    expires_at: str
+    ip_address: str
+    user_agent: str
 
 
 class RefreshTokenObject(msgspec.Struct):
@@ -808,6 +1091,180 @@ class BackupObject(msgspec.Struct):
     newest_at: str | None
 
 
+Severity = Literal["error", "warning"]
+
+
+class Attention(msgspec.Struct, frozen=True):
+    """Something that an operator has to settle; `command` is what to run, or what to read, if there is such a thing."""
+
+    code: str
+    severity: Severity
+    since: str | None
+    text: str
+    command: str = ""
+
+
+class Workers(msgspec.Struct):
+    """How many processes there should be besides the supervisor, and how many there are."""
+
+    expected: int
+    running: int
+
+
+class Endpoint(msgspec.Struct):
+    """Where a port listens. `path` is that of a Unix socket."""
+
+    name: str
+    address: str = ""
+    port: int = 0
+    tls: bool = False
+    path: str = ""
+
+
+class CertificateObject(msgspec.Struct):
+    """The certificate of a port as its file holds it; `fingerprint` is the SHA-256 of its DER encoding."""
+
+    not_before: str
+    not_after: str
+    fingerprint: str
+    names: list[str]
+
+
+class ClockObject(msgspec.Struct):
+    """`state` is right, probation, guessed, behind or ahead; `now` is the time that the server goes by."""
+
+    state: str
+    now: str
+
+
+class LastBackup(msgspec.Struct):
+    """The latest backup that stands, of whatever kind: command, admin, schedule or upgrade."""
+
+    at: str
+    name: str
+    bytes: int
+    kind: str
+
+
+class BackupPlan(msgspec.Struct):
+    """Backups by themselves: seconds between two, how many are kept, the next try, what the last one failed of."""
+
+    every: int
+    keep: int
+    folder: str
+    next_at: str | None = None
+    failed_at: str | None = None
+    failure: str = ""
+    failures: int = 0  # in all
+
+
+class Disk(msgspec.Struct):
+    """Octets: what is free and in all where the database lies, and what the database, its WAL and the log take."""
+
+    free: int
+    total: int
+    database: int
+    wal: int
+    log: int
+
+
+class StatusObject(msgspec.Struct):
+    """How the box is. `state` is well, attention or stopped; `since` and `pid` are null while no server runs."""
+
+    state: str
+    version: str
+    versions: dict[str, str]
+    now: str
+    since: str | None
+    pid: int | None
+    pids: list[int]
+    workers: Workers
+    endpoints: list[Endpoint]
+    issuer: str
+    admin_issuer: str
+    shares_host_with_auth: bool
+    checks: dict[str, bool]
+    clock: ClockObject
+    certificate: CertificateObject | None
+    admin_certificate: CertificateObject | None
+    last_backup: LastBackup | None
+    backups: BackupPlan
+    disk: Disk
+    log_damaged: str
+    attention: list[Attention]
+
+
+class HistoryObject(msgspec.Struct):
+    """Figures over time. `from` is the beginning of the first point, `step` the seconds of each; null is a gap."""
+
+    from_: str = msgspec.field(name="from")
+    step: int
+    series: dict[str, list[int | None]]
+
+
+class ListedBackup(msgspec.Struct):
+    """A file in `backup-folder`; `sha256` is null for one that another database made."""
+
+    name: str
+    created_at: str
+    bytes: int
+    sha256: str | None
+    kind: str
+
+
+class OptionObject(msgspec.Struct):
+    """A setting: its value and where it is from. Of a secret, `value` and `default` tell only whether it is set."""
+
+    name: str
+    value: bool | int | str | list[str]
+    origin: str
+    default: bool | int | str | list[str]
+    group: str
+    meaning: str
+    is_secret: bool
+    needs_restart: bool
+
+
+class RotateKeys(msgspec.Struct):
+    """POST /keys/rotate: of one ring and algorithm, or of all that sign."""
+
+    ring: Literal["", "auth", "admin"] = ""
+    alg: Literal["", "ES256", "RS256"] = ""
+
+
+class KeyObject(msgspec.Struct):
+    """A key of a ring. `signs` is what it signs unless a client chose another algorithm.
+
+    `signs_from` is when it begins to sign, or began; `gone_after` when the last token of a retired key is dead.
+    """
+
+    kid: str
+    ring: str
+    alg: str
+    state: str  # next | active | retired
+    since: str | None
+    signs: list[str]
+    signs_from: str | None
+    gone_after: str | None
+
+
+class KeyImpact(msgspec.Struct):
+    """What ends if a key is revoked: at most so many living access tokens, of so many users and clients.
+
+    `is_lower_bound` says that there are more than were counted. Who has cached the key set accepts the tokens for
+    `cached_seconds` more.
+    """
+
+    kid: str
+    ring: str
+    state: str
+    tokens: int
+    is_lower_bound: bool
+    users: int
+    clients: int
+    cached_seconds: int
+
+
 class AuditVerdict(msgspec.Struct):
     """`head` is the hash of the last row that is no refusal, `last_seq` its number: store both elsewhere to detect a
     rewrite of the rows that it covers.
@@ -843,6 +1300,44 @@ class PkceStep(msgspec.Struct):
     redirect_uri: str
     requires_totp: bool
     is_session_based: bool
+
+
+class ConsoleUser(msgspec.Struct):
+    id: str
+    username: str
+    email: str
+
+
+class ConsoleObject(msgspec.Struct):
+    """An administrator's session at the console. X-Form-Token carries `form_token` in every other request.
+
+    `proven_until` is the time up to which what asks for a fresh proof is done without one. It is null if the request
+    comes from another browser or another network than the last proof: until the next proof, nothing is done.
+    """
+
+    user: ConsoleUser
+    form_token: str
+    expires_at: str | None
+    idle_at: str | None
+    proven_until: str | None
+    totp_enabled: bool
+    now: str | None
+
+
+class ConsoleSession(msgspec.Struct):
+    """A session of the caller at the console (`kind` is console), or a login for an ADMIN token (token).
+
+    Of a login neither browser, address nor last use is stored. `is_current` marks that of this request.
+    """
+
+    id: str
+    kind: str
+    is_current: bool
+    created_at: str | None
+    last_seen_at: str | None
+    expires_at: str | None
+    ip_address: str
+    user_agent: str
 
 
 class AuthSession(msgspec.Struct):

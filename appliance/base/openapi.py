@@ -29,9 +29,13 @@ class Route(msgspec.Struct, frozen=True):
     oauth: bool = False  # failures are JSON as in RFC 6749 §5.2
     html: bool = False  # failures are an HTML page
     redirects: bool = False  # answers with 302; pages redirect with 303
+    leads: bool = False  # leads a browser elsewhere with 303; 404 for others
     tagged: bool = False  # has an ETag and answers If-None-Match with 304
     cors: bool = False  # allows the origins that public clients have registered
     option: str = ""  # served only if this option is on
+    unless: str = ""  # served only if this option is off
+    # Function (idp, params): whether a session at the console needs a fresh proof; None never does.
+    proof: Callable | None = None
     secret_path: bool = False  # a variable of the path is a secret, which the log must not have
 
 
@@ -65,6 +69,14 @@ SECURITY = {
     "bearer": {
         "type": "http", "scheme": "bearer", "bearerFormat": "JWT",
         "description": "An access token of this port. RFC 6750, RFC 9068.",
+    },
+    "console": {
+        "type": "apiKey", "in": "cookie", "name": "mad-admin",
+        "description": "A session at the console, with its form token; the name begins with __Host- under https.",
+    },
+    "form_token": {
+        "type": "apiKey", "in": "header", "name": "X-Form-Token",
+        "description": "The form token of that session, from /dashboard/session.",
     },
 }
 
@@ -106,6 +118,8 @@ def possible_statuses(route: Route, method: str, path: str, port_name: str) -> s
         statuses.add(404)  # the file does not exist
     if route.html:
         statuses |= {403, 404, 409, 429}
+    if route.leads:
+        statuses.add(404)
     if port_name == "admin":
         statuses.add(421)
     return statuses
@@ -158,7 +172,8 @@ def describe_responses(route: Route, method: str, path: str, port_name: str) -> 
     ):
         link = {"description": "RFC 8288; rel=next where there is more.", **text}
         headers |= {"X-Total-Count": text, "Link": link}
-    if route.tagged or (route.versioned and method != "DELETE"):
+    is_message = getattr(route.gives, "__name__", "") == "Msg"  # of a change; it says nothing of what was changed
+    if route.tagged or (route.versioned and method != "DELETE" and not is_message):
         headers["ETag"] = text
     if route.tagged:
         responses["304"] = {"description": "As you have it.", "headers": {"ETag": text}}
@@ -168,8 +183,8 @@ def describe_responses(route: Route, method: str, path: str, port_name: str) -> 
         responses[str(route.status)]["headers"] = headers
     if route.html and route.gives is not bytes:
         responses["200"]["content"] = {"text/html": {"schema": {}}, JSON: {"schema": schema_of(route.gives)}}
-    if route.html or route.redirects:
-        responses["303" if route.html else "302"] = {
+    if route.html or route.redirects or route.leads:
+        responses["303" if route.html or route.leads else "302"] = {
             "description": "To be fetched by GET.", "headers": {"Location": text},
         }
     if route.gives_media == "*/*" and "<" in path:
@@ -196,6 +211,12 @@ def describe_operation(route: Route, method: str, path: str, port_name: str, num
     guard, body = guard_name(route), describe_body(route, method)
     if guard in ("by_client_or_token", "by_confidential_client"):
         operation["security"] = [{"client_basic": []}, {}]  # or by form members, which OpenAPI cannot express
+    elif guard == "by_console_cookie":
+        operation["security"] = [{"console": []}]
+    elif guard == "by_console":
+        operation["security"] = [{"console": [], "form_token": []}]
+    elif guard == "by_admin":
+        operation["security"] = [{"bearer": []}, {"console": [], "form_token": []}]
     elif guard != "anyone":
         operation["security"] = [{"bearer": [route.guard.scope] if hasattr(route.guard, "scope") else []}]
     if body:

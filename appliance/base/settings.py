@@ -1,6 +1,7 @@
 """Every setting, declared once as a field of Options, and what loads, checks, describes and writes them."""
 
 import collections
+import contextlib
 import dataclasses
 import ipaddress
 import os
@@ -49,11 +50,23 @@ def octets(value: str) -> int:
     """Parse a number of octets, which may have a unit; -1 is "auto"."""
     if value.strip().lower() == "auto":
         return -1
-    found = re.fullmatch(r"([0-9]{1,12}) ?(|k|m|g)b?", value.strip().lower())
+    found = re.fullmatch(r"([0-9]{1,13}) ?(|k|m|g)b?", value.strip().lower())
     size = int(found[1]) * {"": 1, "k": 1000, "m": 1000_000, "g": 1000_000_000}[found[2]] if found else 0
     if not 1000_000 <= size <= 1000_000_000_000:
         raise ValueError("must be auto, or a size of 1 MB to 1000 GB, such as 64 MB or 64000000")
     return size
+
+
+def period(value: str) -> int:
+    """Parse how often something is done: off, hourly, daily, weekly, or a number of hours or days; 0 is "off"."""
+    words = {"off": "0", "never": "0", "hourly": "1 h", "daily": "1 d", "weekly": "1 w"}
+    word = value.strip().lower()
+    found = re.fullmatch(r"([0-9]{1,8}) ?(|s|m|h|d|w|hours?|days?|weeks?)", words.get(word, word))
+    units = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+    length = int(found[1]) * units[found[2][:1]] if found else -1
+    if length and not 900 <= length <= 31622400:
+        raise ValueError("must be off, hourly, daily, weekly, or a time from 15 m to a year, such as 6 h or 2 days")
+    return length
 
 
 port = whole(1, 65535)
@@ -69,7 +82,7 @@ def address(value: str) -> str:
 
 
 def networks(value: str) -> tuple[Network, ...]:
-    """Parse `10.0.0.1, 192.168.7.0/24`: the peers whose forwarding headers are believed."""
+    """Parse `10.0.0.1, 192.168.7.0/24`."""
     try:
         return tuple(ipaddress.ip_network(part) for part in re.split(r"[,\s]+", value.strip()) if part)
     except ValueError:
@@ -79,6 +92,26 @@ def networks(value: str) -> tuple[Network, ...]:
 def domain(value: str) -> str:
     if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?)(:[0-9]{1,5})?", value.strip()):
         raise ValueError("must be a host name, with a port where the public address has one")
+    return value.strip().lower()
+
+
+def host_names(value: str) -> str:
+    """Parse `box.lan, 192.168.7.20`: names and addresses, in the form in which a certificate has them."""
+    names = []
+    for word in filter(None, re.split(r"[,\s]+", value.strip().lower())):
+        try:
+            names.append(str(ipaddress.ip_address(word.strip("[]"))))
+        except ValueError:
+            labels = word.split(".")
+            if len(word) > 253 or not all(re.fullmatch(r"(?!-)[a-z0-9_-]{1,63}(?<!-)", label) for label in labels):
+                raise ValueError("must be host names and IP addresses, separated by commas") from None
+            names.append(word)
+    return ",".join(dict.fromkeys(names))
+
+
+def certificate_source(value: str) -> str:
+    if value.strip().lower() not in ("", "self"):
+        raise ValueError("must be self, or empty")
     return value.strip().lower()
 
 
@@ -106,6 +139,12 @@ def label(value: str) -> str:
     if len(value) > 80 or not value.isprintable():
         raise ValueError("must be at most 80 printable characters")
     return value
+
+
+def sentence(value: str) -> str:
+    if len(value) > 300 or not value.isprintable():
+        raise ValueError("must be at most 300 printable characters")
+    return value.strip()
 
 
 def color(value: str) -> str:
@@ -164,7 +203,8 @@ class Options:
     _: dataclasses.KW_ONLY
     # -- files --
     log_file: str = option(
-        "microauthd.log", text, "Log file; empty logs to the console only.", "Log file?", group="Files"
+        "microauthd.log", text, "Log file; empty logs to the console only. Where nothing sets it, the console has each "
+        "line too.", "Log file?", group="Files"
     )
     log_format: str = option("text", one_of("text", "json"), "One line an event, as text or as JSON.", group="Files")
     log_level: str = option(
@@ -174,13 +214,36 @@ class Options:
     db_pass: str = option(
         "", text, "Passphrase of the database (SQLCipher).", "Database passphrase?", secret=True, group="Files"
     )
-    no_db_pass: bool = option(False, boolean, "Keep the database unencrypted, knowingly.", group="Files")
-    backup_folder: str = option(
-        "backups", text, "Folder where backups asked for over ADMIN lie until they are fetched; empty: none are made.",
+    db_key_file: str = option(
+        "", text, "File of the key of the database in place of a passphrase: 32 octets, or 64 hexadecimal digits.",
         group="Files",
     )
+    no_db_pass: bool = option(False, boolean, "Keep the database unencrypted, knowingly.", group="Files")
+    backup_folder: str = option(
+        "backups", text, "Folder where backups asked for over ADMIN lie until they are fetched, and where those of "
+        "backup-every stay; empty: none are made.", group="Files",
+    )
+    backup_every: int = option(
+        0, period, "How often the server makes a backup by itself: off, hourly, daily, weekly, or a time such as 6 h.",
+        group="Files",
+    )
+    backup_keep: int = option(
+        7, whole(1, 1000), "How many of the backups made by itself are kept.", group="Files"
+    )
     seal_key_file: str = option("seal.key", text, "Key that seals TOTP seeds in the database.", group="Files")
-    docker: bool = option(False, boolean, "Container: never run the wizard.", group="Files")
+    docker: bool = option(
+        False, boolean, "Container: log to standard output, and set up from the environment, never by questions.",
+        group="Files",
+    )
+    # -- certificates --
+    tls: str = option(
+        "", certificate_source, "self: a port without a certificate of its own serves HTTPS with one that the box "
+        "makes and renews.", "A certificate that the box makes itself (self; empty: no)?", group="Certificates",
+    )
+    tls_names: str = option(
+        "", host_names, "Names and addresses that this certificate has besides those of the issuer and of the machine, "
+        "separated by commas.", group="Certificates",
+    )
     # -- AUTH --
     auth_ip: str = option(
         "127.0.0.1", address, "Address the AUTH server listens on.", "AUTH address?", group="AUTH server"
@@ -251,6 +314,14 @@ class Options:
     admin_socket_users: str = option(
         "", users, "Users of this machine who may use admin.sock as root and the server's own user do, separated by "
         "commas.", group="ADMIN server",
+    )
+    metrics_allow: tuple[Network, ...] = option(
+        (), networks,
+        "Addresses that may read /metrics without a token, if they connect themselves: not through a proxy.",
+        group="ADMIN server",
+    )
+    metrics_on_auth: bool = option(
+        False, boolean, "Serve /metrics on AUTH too, without the names of clients.", group="AUTH server"
     )
     trusted_proxies: tuple[Network, ...] = option(
         (), networks, "Peers whose X-Forwarded-For and -Proto are believed.", "Trusted proxies, separated by commas?",
@@ -395,11 +466,23 @@ class Options:
     session_absolute_expiration: int = option(
         86400, seconds, "Seconds after the login when a browser has to log in again.", group="Login"
     )
+    console_idle_expiration: int = option(
+        1800, seconds, "Seconds without use after which an administrator has to sign in at the console again.",
+        group="Login",
+    )
+    console_absolute_expiration: int = option(
+        28800, seconds, "Seconds after the sign-in when an administrator has to sign in at the console again.",
+        group="Login",
+    )
     brand_name: str = option(
         "", label, "Name on the login pages and in authenticators; empty is the issuer's host.", group="Pages"
     )
     brand_logo: str = option("", text, "Picture on the login pages: a PNG, SVG, JPEG or WebP file.", group="Pages")
     brand_color: str = option("#1f5fbf", color, "Colour of the login pages, rrggbb.", group="Pages")
+    login_help: str = option(
+        "", sentence, "What the sign-in page answers to Forgotten?: a sentence, or an http, https, mailto or tel URI.",
+        group="Pages",
+    )
     pages_folder: str = option(
         "", text, "Folder whose templates, styles and languages replace the bundled login pages.", group="Pages"
     )
@@ -431,6 +514,23 @@ class Options:
         scheme = "http" if self.admin_domain_no_ssl else "https"
         host = self.admin_domain
         return f"{scheme}://{host}" if re.search(r":[0-9]+$", host) else f"{scheme}://{host}:{self.admin_port}"
+
+    @property
+    def self_made_file(self) -> str:
+        """The file of the certificate that the box makes, with its chain and its key."""
+        return os.path.join(os.path.dirname(os.path.abspath(self.db_file)), "tls-self.pem")
+
+    @property
+    def ca_file(self) -> str:
+        """The file of the root that clients of such a box trust."""
+        return os.path.join(os.path.dirname(os.path.abspath(self.db_file)), "ca.pem")
+
+    def tls_files(self, side: str) -> tuple[str, str, str]:
+        """Return certificate file, key file and passphrase of a port. The first is empty where it speaks plain HTTP."""
+        cert_file = getattr(self, f"{side}_ssl_cert_file")
+        if not cert_file and self.tls == "self":
+            return self.self_made_file, "", ""
+        return cert_file, getattr(self, f"{side}_ssl_key_file"), getattr(self, f"{side}_ssl_cert_pass")
 
     @property
     def worker_processes(self) -> int:
@@ -466,6 +566,8 @@ MAD_VARIABLES = (
     "CONFIG", "ADMIN_URL", "ADMIN_SOCKET", "ADMIN_TOKEN", "AUTH_URL", "CLIENT_ID", "CLIENT_SECRET", "CA_FILE",
     "ADMIN_TOKEN_FILE", "CLIENT_SECRET_FILE",
 )
+# The variables that answer the questions of a set-up which nobody is there to be asked.
+SETUP_VARIABLES = ("SETUP_ANSWERS", "SETUP_USERNAME", "SETUP_EMAIL", "SETUP_PASSWORD", "SETUP_PASSWORD_FILE")
 
 
 CONFIG_HEAD = "# microauthd. One key = value a line; # and ; begin comments; quote what contains them. Ends with # end."
@@ -581,25 +683,48 @@ def check_options(options: Options):
         os.path.abspath(path)
         for path in (
             options.db_file, options.seal_key_file, options.token_signing_key_file,
-            options.admin_token_signing_key_file,
+            options.admin_token_signing_key_file, options.db_key_file,
         )
+        if path
     ]
     if len(set(files)) < len(files):
         raise StartupError(
-            "db-file, seal-key-file, token-signing-key-file and admin-token-signing-key-file cannot be the same file"
+            "db-file, seal-key-file, token-signing-key-file, admin-token-signing-key-file and db-key-file cannot be "
+            "the same file"
         )
+    if options.db_key_file and (options.db_pass or options.no_db_pass):
+        other = "db-pass" if options.db_pass else "no-db-pass"
+        raise StartupError(f"db-key-file and {other} are both set: unset the one that is not true of the database")
     if (options.auth_ip, options.auth_port) == (options.admin_ip, options.admin_port):
         raise StartupError("AUTH and ADMIN cannot listen on the same address and port")
     for side in ("auth", "admin"):
         ip = ipaddress.ip_address(getattr(options, f"{side}_ip"))
-        tls = getattr(options, f"{side}_ssl_cert_file")
-        if not ip.is_loopback and not tls and not getattr(options, f"{side}_insecure_http"):
+        if not ip.is_loopback and not options.tls_files(side)[0] and not getattr(options, f"{side}_insecure_http"):
             raise StartupError(
                 f"{side}-ip {ip} is not loopback and {side}-ssl-cert-file is not set: "
-                f"tokens would travel in clear; set {side}-insecure-http = true only behind a TLS proxy"
+                f"tokens would travel in clear; set tls = self for a certificate that the box makes, or "
+                f"{side}-insecure-http = true, only behind a TLS proxy"
             )
     if options.argon2id_memory < 8 * options.argon2id_parallelism:
         raise StartupError("argon2id-memory must be at least eight times argon2id-parallelism")
+
+
+def issuer_obstacle(options: Options) -> str:
+    """Return why other machines cannot use the issuer at which AUTH answers them, as a sentence, or "".
+
+    In a container the address is one of the container: who reaches it, its host decides.
+    """
+    host = urlsplit(options.auth_issuer).hostname or ""
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_loopback:
+            host = "localhost"
+    is_elsewhere = host != "localhost" and not host.endswith(".localhost")
+    if is_elsewhere or options.docker or ipaddress.ip_address(options.auth_ip).is_loopback:
+        return ""
+    return (
+        f"auth-ip {options.auth_ip} is for other machines, and the issuer {options.auth_issuer} is itself for each of "
+        "them: set auth-domain, or oidc-issuer, to a name by which they reach this one"
+    )
 
 
 def read_config(path: str) -> dict:
@@ -623,10 +748,17 @@ def take_secrets(environ: MutableMapping[str, str], prefix: str) -> dict[str, st
     for variable in copy:
         key = variable[len(prefix) :].lower().replace("_", "-")
         if variable.upper().startswith(prefix.upper()) and (
-            (key in OPTION_NAMES and OPTION_NAMES[key].secret) or key in ("client-secret", "admin-token")  # of mad
+            (key in OPTION_NAMES and OPTION_NAMES[key].secret)
+            or key in ("client-secret", "admin-token", "setup-password")  # of mad, and of a set-up
         ):
             del environ[variable]
     return copy
+
+
+def setup_variables(prefix: str, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return those of SETUP_VARIABLES that are set and not empty, by their names without the prefix."""
+    wanted = {(prefix + name).upper(): name for name in SETUP_VARIABLES}
+    return {wanted[name.upper()]: value for name, value in environ.items() if value and name.upper() in wanted}
 
 
 def read_variables(prefix: str, environ: Mapping[str, str]) -> dict:
@@ -640,7 +772,7 @@ def read_variables(prefix: str, environ: Mapping[str, str]) -> dict:
         if not variable.upper().startswith(prefix.upper()):
             continue
         key = variable[len(prefix) :].lower().replace("_", "-")
-        if key.upper().replace("-", "_") in MAD_VARIABLES or key in IGNORED_NAMES:
+        if key.upper().replace("-", "_") in (*MAD_VARIABLES, *SETUP_VARIABLES) or key in IGNORED_NAMES:
             continue
         option = OPTION_NAMES.get(key)
         if option is None:
@@ -699,6 +831,10 @@ def load_options(flags: dict, environ: Mapping[str, str]) -> Options:
     given.update({name: found for name, found in flags.items() if name in OPTION_NAMES})
     in_container = given.get("docker", ("",))[0].strip().lower() in ("1", "true", "yes", "on")
     given.update(read_secrets(given, environ, in_container))
+    credential = os.path.join(environ.get("CREDENTIALS_DIRECTORY", ""), "db-key-file")
+    is_overridden = given.get("db-key-file", ("", ""))[1].startswith(("environment ", "flag "))
+    if os.path.isabs(credential) and os.path.exists(credential) and not is_overridden:
+        given["db-key-file"] = (credential, "credential db-key-file")
     values, origins = {}, {"config": path}
     for name, (value, origin) in given.items():
         option = OPTION_NAMES[name]
@@ -717,19 +853,24 @@ def load_options(flags: dict, environ: Mapping[str, str]) -> Options:
     return options
 
 
+def show_value(option: Option, value):
+    """Return the value of an option as JSON can hold it; a secret as set or unset."""
+    if option.secret:
+        return "(set)" if value else ""
+    if option.parse is networks:
+        return [str(network) for network in value]
+    return "auto" if option.parse in (worker_count, octets) and value < 0 else value
+
+
 def describe_options(options: Options) -> dict:
     """Return `{name: {"value": ..., "origin": ...}}`; secrets are shown as set or unset."""
-    shown = {}
-    for option in OPTIONS:
-        value = getattr(options, option.attribute)
-        if option.secret:
-            value = "(set)" if value else ""
-        elif option.parse is networks:
-            value = [str(network) for network in value]
-        elif option.parse in (worker_count, octets) and value < 0:
-            value = "auto"
-        shown[option.name] = {"value": value, "origin": options.origins.get(option.name, "default")}
-    return shown
+    return {
+        option.name: {
+            "value": show_value(option, getattr(options, option.attribute)),
+            "origin": options.origins.get(option.name, "default"),
+        }
+        for option in OPTIONS
+    }
 
 
 def write_config(options: Options) -> str:
@@ -744,6 +885,8 @@ def write_config(options: Options) -> str:
             word = ", ".join(map(str, value))
         elif option.parse in (worker_count, octets) and value < 0:
             word = "auto"
+        elif option.parse is period and not value:
+            word = "off"
         else:
             word = str(value).lower() if isinstance(value, bool) else str(value)
         if any(ord(letter) < 32 or letter == "\x7f" for letter in word) or len(word.splitlines()) > 1:
@@ -753,7 +896,8 @@ def write_config(options: Options) -> str:
         lines.append(f"# {option.help}")
         origin = options.origins.get(option.name, "")
         mark = "" if origin or value != option.default else "# "
-        if option.secret and is_in_file(origin):  # it stays the only copy, so that a new one takes effect
+        if (option.secret and is_in_file(origin)) or origin.startswith("credential "):
+            # It stays the only copy, so that a new one takes effect.
             word, mark = "", "# "
         lines.append(f"{mark}{option.name} = {word}".rstrip())
     return "\n".join([*lines, "", CONFIG_END]) + "\n"

@@ -1,9 +1,11 @@
 """Numbers in memory that the processes of a server share."""
 
+import contextlib
 import hashlib
 import mmap
 import os
 import struct
+import zlib
 from typing import ClassVar, Generic, Literal, TypeVar
 
 # == Shared ====================================================================
@@ -105,3 +107,54 @@ class Buckets(Shared):
         place = (known or free or [min(places, key=lambda place: self.times[place])])[0]
         self.hashes[place] = hashed
         self.levels[place], self.times[place] = level, at  # type: ignore[call-overload] # a memoryview of floats
+
+
+# == Marks =====================================================================
+# So that a program of this machine can tell, without a request, whether what it keeps a copy of may have ended since.
+
+
+class ChangeMarks:
+    """A file of marks that readers compare with those they saw before: a mark that has changed says "ask again".
+
+    It holds MAGIC, 8 random octets of this start, 8 octets of the `number` that says which server it is, and CELLS
+    cells of 8 octets, of which the first stands for everything and each other one for the keys whose CRC-32 leads to
+    it. A cell is given random octets, so two processes that change it at once need no lock. All processes map the file.
+    It tells nothing but that something has ended, so its `mode` may let others read it.
+    """
+
+    MAGIC, HEAD, CELLS = b"madmark1", 24, 4096
+
+    def __init__(self, path: str = "", number: int = 0, mode: int = 0o600) -> None:
+        """Make the file anew. Without a path, or where it cannot be made, there is none, and nothing is marked."""
+        self.path, self.cells = path, None
+        content = self.MAGIC + os.urandom(8) + number.to_bytes(8, "big") + bytes(8 * self.CELLS)
+        with contextlib.suppress(OSError):
+            if path:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path + ".new")
+                descriptor = os.open(path + ".new", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+                try:
+                    os.fchmod(descriptor, mode)
+                    os.write(descriptor, content)
+                    self.cells = memoryview(mmap.mmap(descriptor, len(content)))[self.HEAD :]
+                finally:
+                    os.close(descriptor)
+                os.replace(path + ".new", path)
+
+    @classmethod
+    def touch_file(cls, path: str, number: int) -> None:
+        """Say that everything may have ended, beside a server that has the file mapped. Do nothing without one."""
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                head = os.pread(descriptor, cls.HEAD, 0)
+                if head[:8] == cls.MAGIC and int.from_bytes(head[16:], "big") == number:
+                    os.pwrite(descriptor, os.urandom(8), cls.HEAD)
+            finally:
+                os.close(descriptor)
+
+    def touch(self, key: str = "") -> None:
+        """Say that what has this key may have ended; without one, everything."""
+        if self.cells is not None:
+            place = 8 * (zlib.crc32(key.encode()) % (self.CELLS - 1) + 1 if key else 0)
+            self.cells[place : place + 8] = os.urandom(8)

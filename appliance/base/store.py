@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import sqlcipher3
@@ -34,12 +34,14 @@ SEEDED_SCOPES = (
     ("31c00aae-4136-4a8c-92a6-d2bbf4be2d35", "admin:deactivate_users", "Deactivate users."),
     ("1f4610fe-0cb2-4119-bd69-9b6033326998", "admin:read_user", "Read one user."),
     ("b6348575-83ec-4288-801b-e0d2da20569c", "admin:list_users", "List users."),
+    ("5f0c2a7e-3b1d-4c86-9e54-6a2d8f71c903", "admin:read_metrics", "Read the metrics."),
 )
 FOREVER = 253402300799  # 9999-12-31T23:59:59Z: what the wire calls a permanent lockout
 OVERLAP_MAX = 31 * 86400  # seconds: a replaced client secret stays valid for so long at most
 LOCKOUT_MAX = 3600  # seconds: a lockout doubles up to this, or an attacker could close an account for days
 SLICE = 500  # rows that a purge deletes in one transaction: more would keep other writers waiting
 SCATTERED = 25  # the same for rows whose index entries are scattered: each of them costs pages of its own
+USE_SECONDS = 60  # how exactly it is recorded when a client got a token
 COUNT_MAX = 10_000  # rows of a list that are counted: a total beyond is a lower bound
 SUCCESS, FAILURE = "success", "failure"  # the results an audit row may tell of
 
@@ -73,6 +75,16 @@ class Account(Record, frozen=True):
     revoked_before: int
     created_at: int
     modified_at: int
+    lockout_reason: str = ""  # of the lockout that an administrator set, and the actor who did
+    lockout_by: str = ""
+
+
+class UserDetail(Record, frozen=True):
+    """What a list shows of a user beside its account: a role, or "" for the number of unspent recovery codes."""
+
+    user_id: str
+    role: str
+    codes: int
 
 
 class Role(Record, frozen=True):
@@ -98,6 +110,14 @@ class Permission(Record, frozen=True):
     is_active: int
     created_at: int
     modified_at: int
+
+
+class RolePermission(Record, frozen=True):
+    """A permission of a role."""
+
+    role_id: str
+    id: str
+    name: str
 
 
 class Scope(Record, frozen=True):
@@ -199,6 +219,8 @@ class Family(Record, frozen=True):
     revoked_at: int | None
     browser: str = ""  # the `id_sha256` of the browser session it began in, if any
     claims: str = ""  # the claims parameter, JSON. OpenID Connect Core §5.5
+    ip_address: str = ""  # of the browser it began in, or of whoever asked for its first token
+    user_agent: str = ""
 
 
 class Session(Record, frozen=True):
@@ -242,6 +264,8 @@ class ListedSession(Session, frozen=True):
     username: str
     dead_before: int
     family_revoked: int
+    ip_address: str
+    user_agent: str
 
 
 class ListedRefreshToken(RefreshToken, frozen=True):
@@ -312,6 +336,33 @@ class BrowserSession(Record, frozen=True):
     user_agent: str
 
 
+class ListedBrowserSession(BrowserSession, frozen=True):
+    """A browser session that is alive, with the name of its user. `id` is its `id_sha256`."""
+
+    username: str
+    id: str
+
+
+class AdminSession(Record, frozen=True):
+    """An administrator who is signed in at the console of ADMIN. `id_sha256` is the hash of the cookie's value.
+
+    `ip_address` and `user_agent` are those of the last proof: a password, and a one-time code if there is a second
+    factor, given at `proven_at`.
+    """
+
+    table = "admin_session"
+    id_sha256: str
+    user_id: str
+    amr: str
+    auth_time: int
+    proven_at: int
+    created_ms: int
+    last_seen_at: int
+    expires_at: int
+    ip_address: str
+    user_agent: str
+
+
 class RetiredKey(Record, frozen=True):
     """The public half of an AUTH key that no longer signs and is no longer published. It verifies id_token_hints."""
 
@@ -333,11 +384,34 @@ class ParkedHints(Record, frozen=True):
     expires_at: int
 
 
+class Invitation(Record, frozen=True):
+    """A link by which a user may choose a password, once. `rights` are those of whoever made it, JSON; "" are all."""
+
+    table = "invitation"
+    user_id: str
+    id: str
+    handle_sha256: str
+    purpose: str  # invite | reset
+    rights: str
+    created_by: str  # as the actor of an audit row
+    created_ms: int
+    expires_at: int
+
+
 class ListedConsent(Record, frozen=True):
     """What a user allowed a client, with the names of the client."""
 
     client_id: str
     display_name: str
+    scope: str
+    given_at: int
+
+
+class ClientConsent(Record, frozen=True):
+    """What a user allowed one client. `id` is the id of the user."""
+
+    id: str
+    username: str
     scope: str
     given_at: int
 
@@ -363,6 +437,31 @@ class AuditRefusal(AuditRow, frozen=True):
     """A row of the audit log about what was refused and changed nothing. These rows have a chain of their own."""
 
     table = "audit_refusal"
+
+
+class AuditFilter(msgspec.Struct, frozen=True):
+    """What a list of the audit log is narrowed to; None leaves a column open. `target` may be in secondary too.
+
+    `about` is a user: as the actor or as whom a row is about. Times are Unix seconds.
+    """
+
+    action: str | None = None
+    actor_id: str | None = None
+    target: str | None = None
+    since: int = 0
+    until: int = FOREVER
+    result: str | None = None
+    ip_address: str | None = None
+    request_id: str | None = None
+    about: str | None = None
+
+
+class SignedTokens(Record, frozen=True):
+    """How many tokens a key may have signed, and of how many users and clients they are."""
+
+    tokens: int
+    users: int
+    clients: int
 
 
 class AuditSize(NamedTuple):
@@ -614,6 +713,38 @@ MIGRATIONS = (
     CREATE INDEX consent_client ON consent (client_id);
     CREATE TABLE deletion (kind TEXT NOT NULL, id TEXT NOT NULL, PRIMARY KEY (kind, id)) STRICT, WITHOUT ROWID;
     """,
+    # Step 13. The scope of whoever reads the metrics. A new database, which has no `created_at` yet, is seeded with it.
+    """
+    INSERT INTO scope
+    SELECT '5f0c2a7e-3b1d-4c86-9e54-6a2d8f71c903', 'admin:read_metrics', 'Read the metrics.', 1, 1,
+           CAST(value AS INTEGER), CAST(value AS INTEGER)
+      FROM meta WHERE name = 'created_at'
+        ON CONFLICT DO NOTHING;
+    """,
+    # Step 14. Links by which users choose a password: one of a user at a time. Where a login came from: of a login in a
+    # browser, the browser's address and not that of the application that exchanged its code. Who locked an account, and
+    # why. When a client got a token last.
+    """
+    CREATE TABLE invitation (
+        user_id TEXT PRIMARY KEY REFERENCES account (id) ON DELETE CASCADE, id TEXT NOT NULL UNIQUE,
+        handle_sha256 TEXT NOT NULL UNIQUE, purpose TEXT NOT NULL, rights TEXT NOT NULL, created_by TEXT NOT NULL,
+        created_ms INTEGER NOT NULL, expires_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+    ALTER TABLE family ADD COLUMN ip_address TEXT NOT NULL DEFAULT '';
+    ALTER TABLE family ADD COLUMN user_agent TEXT NOT NULL DEFAULT '';
+    ALTER TABLE account ADD COLUMN lockout_reason TEXT NOT NULL DEFAULT '';
+    ALTER TABLE account ADD COLUMN lockout_by TEXT NOT NULL DEFAULT '';
+    CREATE TABLE client_use (client_id TEXT PRIMARY KEY, last_token_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
+    CREATE INDEX family_address ON family (ip_address) WHERE ip_address <> '';
+    """,
+    # Step 15. The sessions of administrators at the console. One that ends is deleted.
+    """
+    CREATE TABLE admin_session (
+        id_sha256 TEXT PRIMARY KEY, user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE,
+        amr TEXT NOT NULL, auth_time INTEGER NOT NULL, proven_at INTEGER NOT NULL, created_ms INTEGER NOT NULL,
+        last_seen_at INTEGER NOT NULL, expires_at INTEGER NOT NULL, ip_address TEXT NOT NULL, user_agent TEXT NOT NULL
+    ) STRICT, WITHOUT ROWID;
+    CREATE INDEX admin_session_user ON admin_session (user_id);
+    """,
 )
 
 # The tables whose rows go with a user, client, scope or role: the column that names it, and the primary key. What refers to
@@ -622,10 +753,10 @@ DEPENDENTS = {
     "account": (
         ("refresh_token", "user_id", ("id",)), ("session", "user_id", ("id",)), ("family", "user_id", ("sid",)),
         ("authorization_code", "user_id", ("code_sha256",)), ("browser_session", "user_id", ("id_sha256",)),
-        ("login_transaction", "user_id", ("id",)), ("recovery_code", "user_id", ("code_sha256",)),
-        ("consent", "user_id", ("user_id", "client_id")), ("ended_login", "user_id", ("user_id", "client_id")),
+        ("admin_session", "user_id", ("id_sha256",)), ("login_transaction", "user_id", ("id",)),
+        ("recovery_code", "user_id", ("code_sha256",)), ("consent", "user_id", ("user_id", "client_id")), ("ended_login", "user_id", ("user_id", "client_id")),
         ("user_role", "user_id", ("user_id", "role_id")), ("user_scope", "user_id", ("user_id", "scope_id")),
-        ("device_failure", "user_id", ("device_sha256",)),
+        ("device_failure", "user_id", ("device_sha256",)), ("invitation", "user_id", ("user_id",)),
     ),
     "client": (
         ("browser_session_client", "client_id", ("id_sha256", "client_id")),
@@ -663,6 +794,10 @@ AUDIT_FILTER = """
     WHERE seq > :after AND at >= :since AND at <= :until
       AND (:action IS NULL OR action = :action) AND (:actor_id IS NULL OR actor_id = :actor_id)
       AND (:target IS NULL OR target = :target OR secondary = :target)
+      AND (:result IS NULL OR result = :result) AND (:ip_address IS NULL OR ip_address = :ip_address)
+      AND (:request_id IS NULL OR request_id = :request_id)
+      AND (:about IS NULL OR actor_id = :about OR target = :about OR secondary = :about
+           OR instr(';' || secondary || ';', ';user_id=' || :about || ';') > 0)
 """
 AUDIT_TABLES = (AuditRow.table, AuditRefusal.table)
 ROW_OVERHEAD, PAGE_OVERHEAD = 32, 1.05  # octets of a row besides its text, and pages besides their rows (measured)
@@ -690,12 +825,37 @@ LISTED_SESSIONS = f"""
            max(coalesce(account.revoked_before, 0),
                CASE WHEN mad_use = 'admin' THEN 0
                     ELSE coalesce(client.revoked_before, 9223372036854775807) END) AS dead_before,
-           coalesce({FAMILY_REVOKED}, 0) AS family_revoked
+           coalesce({FAMILY_REVOKED}, 0) AS family_revoked, coalesce(family.ip_address, '') AS ip_address,
+           coalesce(family.user_agent, '') AS user_agent
       FROM session
       LEFT JOIN account ON account.id = session.user_id
       LEFT JOIN client ON client.client_id = session.client_id
       LEFT JOIN family ON family.sid = session.sid
 """
+# Whether an access token is alive, as is_session_revoked() says of a listed one. An id begins with its milliseconds.
+SESSION_IS_ALIVE = f"""
+    session.expires_at > :now AND session.revoked_at IS NULL
+    AND substr(session.id, 1, 12) > printf('%012x', max(
+        coalesce((SELECT revoked_before FROM account WHERE account.id = session.user_id), 0),
+        CASE WHEN mad_use = 'admin' THEN 0
+             ELSE coalesce((SELECT revoked_before FROM client WHERE client.client_id = session.client_id),
+                           9223372036854775807) END,
+        coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'revoked_before'), 0)))
+    AND (session.sid IS NULL
+         OR EXISTS (SELECT 1 FROM family WHERE family.sid = session.sid AND NOT {FAMILY_REVOKED}))
+"""
+# What a list of sessions may be narrowed by, beside columns that have an index: parameter -> condition. That of the
+# user lets the index of users find the rows.
+SESSION_FILTERS = {
+    "user_id": "user_id = :user_id", "client_id": "client_id = :client_id", "id": "id = :id",
+    "mad_use": "mad_use = :mad_use",
+    "sid": "sid = :sid AND user_id = (SELECT family.user_id FROM family WHERE family.sid = :sid)",
+    "ip_address": """
+        sid IN (SELECT family.sid FROM family WHERE family.ip_address = :ip_address AND family.ip_address <> '')
+        AND user_id IN (SELECT family.user_id FROM family
+                         WHERE family.ip_address = :ip_address AND family.ip_address <> '')
+    """,
+}
 LISTED_REFRESH_TOKENS = f"""
     SELECT refresh_token.*, username, family.scope AS scope,
            max(account.revoked_before, coalesce(client.revoked_before, 9223372036854775807)) AS dead_before,
@@ -764,6 +924,7 @@ class Store(Database):
         self.writable = True  # False from a failed write until one has succeeded
         self.batch_head = (0, "")  # of the audit chain, as the last batch of this process left it
         self.flusher: threading.Thread | None = None
+        self.used: dict[str, int] = {}  # when this process recorded last that a client got a token
 
     # -- meta: one value for each name --
 
@@ -777,6 +938,9 @@ class Store(Database):
             "INSERT INTO meta VALUES (:name, :value) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
             name=name, value=str(value),
         )
+
+    def delete_meta(self, name: str) -> None:
+        self.run("DELETE FROM meta WHERE name = :name", name=name)
 
     # -- the schema --
 
@@ -837,7 +1001,7 @@ class Store(Database):
                 SQLITE_BUSY, SQLITE_READONLY, SQLITE_IOERR, SQLITE_FULL, SQLITE_CANTOPEN,
             ):
                 raise StartupError(
-                    f"the database {self.path} does not open: db-pass is wrong, or the file is damaged"
+                    f"the database {self.path} does not open: db-pass is wrong (or db-key-file, if that is set), or the file is damaged"
                 ) from None
             raise StartupError(f"the database {self.path} does not open: {error}") from None
         if version > len(MIGRATIONS):
@@ -990,14 +1154,30 @@ class Store(Database):
             total = AtLeast(offset + len(rows))
         return rows[:limit], total
 
+    def page_after(
+        self, record: type[Row], sql: str, sort: str, limit: int, offset: int, listed: str, after: str | None,
+        **parameters: object
+    ) -> tuple[list[Row], int]:
+        """Return what page() does, of the rows that follow the id `after` in the order of ids, if that is given.
+
+        Such a page costs the same however deep it lies: no rows are read to be skipped. The total is still that of all.
+        """
+        if after is None:
+            return self.page(record, sql, sort, limit, offset, listed, **parameters)
+        follows = f"{sql} AND id {'<' if sort[0] == '-' else '>'} :after"
+        rows, _ = self.page(record, follows, sort, limit, 0, listed, after=after, **parameters)
+        return rows, self.count(f"SELECT 1 FROM ({sql})", **parameters)
+
     def page_of(
-        self, record: type[Row], listed: str, sort: str, limit: int, offset: int, **columns: object
+        self, record: type[Row], listed: str, sort: str, limit: int, offset: int, after: str | None = None,
+        **columns: object
     ) -> tuple[list[Row], int]:
         """Return a page of the rows whose columns have these values. A column whose value is None may have any."""
         given = {name: value for name, value in columns.items() if value is not None}
         # No `:name IS NULL OR …`: SQLite would not use the index of that column.
         where = " AND ".join(["1 = 1", *(f"{name} = :{name}" for name in given)])
-        return self.page(record, f"SELECT * FROM {record.table} WHERE {where}", sort, limit, offset, listed, **given)
+        rows_of = f"SELECT * FROM {record.table} WHERE {where}"
+        return self.page_after(record, rows_of, sort, limit, offset, listed, after, **given)
 
     # -- account, recovery_code --
 
@@ -1014,9 +1194,13 @@ class Store(Database):
 
     def list_accounts(
         self, q: str = "", is_active: int | None = 1, sort: str = "username", limit: int = 1000, offset: int = 0,
-        role_id: str | None = None, scope_id: str | None = None
+        role_id: str | None = None, scope_id: str | None = None, is_admin: bool | None = None,
+        locked: bool | None = None, totp: bool | None = None, unused_since: int | None = None, now: int = 0
     ) -> tuple[list[Account], int]:
-        """Return users whose name or e-mail address contains `q`: active ones, inactive ones, or all for None."""
+        """Return users whose name or e-mail address contains `q`: active ones, inactive ones, or all for None.
+
+        `locked` is about passwords or codes, `unused_since` selects those who did not log in since then.
+        """
         return self.page(
             Account,
             r"""
@@ -1025,9 +1209,32 @@ class Store(Database):
                AND (:q = '' OR username LIKE :like ESCAPE '\' OR email LIKE :like ESCAPE '\')
                AND (:role_id IS NULL OR id IN (SELECT user_id FROM user_role WHERE role_id = :role_id))
                AND (:scope_id IS NULL OR id IN (SELECT user_id FROM user_scope WHERE scope_id = :scope_id))
+               AND (:is_admin IS NULL OR (id IN (SELECT user_id FROM user_role WHERE role_id = :admin)) = :is_admin)
+               AND (:locked IS NULL OR (lockout_until > :now OR totp_locked_until > :now) = :locked)
+               AND (:totp IS NULL OR (totp_sealed <> '') = :totp)
+               AND (:unused_since IS NULL OR last_login_at < :unused_since)
             """,
             sort, limit, offset, q=q, like=like(q), is_active=is_active, role_id=role_id, scope_id=scope_id,
-            deleted=DELETED,
+            deleted=DELETED, is_admin=is_admin, admin=MAD_ADMIN_ROLE_ID, locked=locked, totp=totp,
+            unused_since=unused_since, now=now,
+        )
+
+    def describe_users(self, ids: Iterable[str]) -> list[UserDetail]:
+        """Return the active roles of these users, and how many unspent recovery codes they have."""
+        return self.all(
+            UserDetail,
+            """
+            SELECT user_id, name, 0
+              FROM user_role JOIN role ON role.id = role_id AND is_active = 1
+             WHERE user_id IN (SELECT value FROM json_each(:ids))
+             UNION ALL
+            SELECT user_id, '', count(*)
+              FROM recovery_code
+             WHERE user_id IN (SELECT value FROM json_each(:ids)) AND spent_at IS NULL
+             GROUP BY user_id
+             ORDER BY 2
+            """,
+            ids=msgspec.json.encode(list(ids)).decode(),
         )
 
     def add_account(
@@ -1093,20 +1300,22 @@ class Store(Database):
             """,
             id=id, password_hash=password_hash, now=now, instead_of=instead_of,
         )
+        if instead_of is None:
+            self.delete_invitation(id)
 
-    def set_lockout(self, id: str, until: int, now: int) -> None:
+    def set_lockout(self, id: str, until: int, now: int, reason: str = "", by: str = "") -> None:
         """Lock an account until then. 0 clears every lockout and every count of failures."""
         self.run(
             """
             UPDATE account
-               SET lockout_until = :until, modified_at = :now,
+               SET lockout_until = :until, modified_at = :now, lockout_reason = :reason, lockout_by = :by,
                    failed_logins = CASE WHEN :until = 0 THEN 0 ELSE failed_logins END,
                    lockouts = CASE WHEN :until = 0 THEN 0 ELSE lockouts END,
                    totp_failures = CASE WHEN :until = 0 THEN 0 ELSE totp_failures END,
                    totp_locked_until = CASE WHEN :until = 0 THEN 0 ELSE totp_locked_until END
              WHERE id = :id
             """,
-            id=id, until=until, now=now,
+            id=id, until=until, now=now, reason=reason, by=by,
         )
         self.run("DELETE FROM device_failure WHERE user_id = :id AND :until = 0", id=id, until=until)
 
@@ -1124,7 +1333,9 @@ class Store(Database):
                 UPDATE account
                    SET failed_logins = CASE WHEN last_failed_at + :window < :now OR failed_logins >= :threshold
                                             THEN 1 ELSE failed_logins + 1 END,
-                       last_failed_at = :now
+                       last_failed_at = :now,
+                       lockout_reason = CASE WHEN lockout_until > :now THEN lockout_reason ELSE '' END,
+                       lockout_by = CASE WHEN lockout_until > :now THEN lockout_by ELSE '' END
                  WHERE id = :id
                 RETURNING *
                 """,
@@ -1162,6 +1373,7 @@ class Store(Database):
             """,
             id=id, sealed=sealed, now=now,
         )
+        self.delete_invitation(id)
         self.mark_qr_files(id)
 
     def set_pending_totp(self, id: str, sealed: str, now: int) -> None:
@@ -1184,6 +1396,7 @@ class Store(Database):
             id=id, now=now,
         )
         self.run("DELETE FROM recovery_code WHERE user_id = :id", id=id)
+        self.delete_invitation(id)
         self.mark_qr_files(id)
         return found
 
@@ -1220,8 +1433,41 @@ class Store(Database):
                     id=id, until=now + lockout_seconds(lockout, failures // tries - 1),
                 )
 
+    # -- invitation: a change of the credentials of its user ends it --
+
+    def put_invitation(self, row: Invitation) -> None:
+        """Store an invitation in place of the one that its user may have."""
+        with self.transaction():
+            self.delete_invitation(row.user_id)
+            self.insert(row)
+
+    def find_invitation(self, handle_sha256: str) -> Invitation | None:
+        return self.one(
+            Invitation, "SELECT * FROM invitation WHERE handle_sha256 = :handle_sha256", handle_sha256=handle_sha256
+        )
+
+    def find_invitation_by_id(self, id: str) -> Invitation | None:
+        return self.one(Invitation, "SELECT * FROM invitation WHERE id = :id", id=id)
+
+    def find_invitation_of(self, user_id: str) -> Invitation | None:
+        return self.one(Invitation, "SELECT * FROM invitation WHERE user_id = :user_id", user_id=user_id)
+
+    def spend_invitation(self, handle_sha256: str, now: int) -> Invitation | None:
+        """Spend an invitation. Return it, or None if it is unknown, spent or expired."""
+        return self.one(
+            Invitation,
+            "DELETE FROM invitation WHERE handle_sha256 = :handle_sha256 AND expires_at > :now RETURNING *",
+            handle_sha256=handle_sha256, now=now,
+        )
+
+    def delete_invitation(self, user_id: str) -> bool:
+        return self.changed("DELETE FROM invitation WHERE user_id = :user_id", user_id=user_id)
+
+    # -- recovery_code --
+
     def replace_recovery_codes(self, user_id: str, hashes: Iterable[str], now: int) -> None:
         self.run("DELETE FROM recovery_code WHERE user_id = :user_id", user_id=user_id)
+        self.delete_invitation(user_id)
         for code_sha256 in hashes:
             self.run(
                 "INSERT INTO recovery_code VALUES (:code_sha256, :user_id, :now, NULL)", code_sha256=code_sha256,
@@ -1426,6 +1672,23 @@ class Store(Database):
             role_id=role_id,
         )
 
+    def list_permissions_by_role(self) -> list[RolePermission]:
+        """Return every permission of every role, by the name of the permission."""
+        return self.all(
+            RolePermission,
+            """
+            SELECT role_id, permission.id, name FROM permission JOIN role_permission ON permission.id = permission_id
+             ORDER BY name
+            """,
+        )
+
+    def count_users_by_role(self) -> dict[str, int]:
+        """Return how many users have each role that any has, by the id of the role."""
+        with self.guard:
+            return dict(
+                self.connection.execute("SELECT role_id, count(*) FROM user_role GROUP BY role_id").fetchall()
+            )
+
     def list_roles_with(self, permission_id: str) -> list[Role]:
         """Return the roles that have a permission."""
         return self.all(
@@ -1568,7 +1831,8 @@ class Store(Database):
         )
 
     def list_clients(
-        self, q: str = "", sort: str = "display_name", limit: int = 1000, offset: int = 0, scope_id: str | None = None
+        self, q: str = "", sort: str = "display_name", limit: int = 1000, offset: int = 0, scope_id: str | None = None,
+        client_type: str | None = None, is_active: bool | None = None, grant_type: str | None = None
     ) -> tuple[list[ClientRow], int]:
         return self.page(
             ClientRow,
@@ -1577,9 +1841,38 @@ class Store(Database):
              WHERE client_id <> :deleted || id
                AND (:q = '' OR client_id LIKE :like ESCAPE '\' OR display_name LIKE :like ESCAPE '\')
                AND (:scope_id IS NULL OR id IN (SELECT client_id FROM client_scope WHERE scope_id = :scope_id))
+               AND (:client_type IS NULL OR client_type = :client_type)
+               AND (:is_active IS NULL OR is_active = :is_active)
+               AND (:grant_type IS NULL OR instr(' ' || grant_types || ' ', ' ' || :grant_type || ' ') > 0)
             """,
-            sort, limit, offset, q=q, like=like(q), scope_id=scope_id, deleted=DELETED,
+            sort, limit, offset, q=q, like=like(q), scope_id=scope_id, deleted=DELETED, client_type=client_type,
+            is_active=is_active, grant_type=grant_type,
         )
+
+    def last_token_at(self, client_id: str) -> int:
+        """Return when a client, by its identifier, got a token last, within a minute; 0 if never."""
+        return self.value("SELECT last_token_at FROM client_use WHERE client_id = :client_id", client_id=client_id) or 0
+
+    def forget_use(self, client_id: str) -> None:
+        """Forget that an identifier was used: it belongs to no client any more."""
+        self.run("DELETE FROM client_use WHERE client_id = :client_id", client_id=client_id)
+        self.used.pop(client_id, None)
+
+    def note_use(self, client_id: str, now: int, connection: sqlcipher3.Connection | None = None) -> None:
+        """Record that a client gets a token, at most once a minute: a write for each would wear out the flash."""
+        if 0 <= now - self.used.get(client_id, 0) < USE_SECONDS:
+            return
+        statement = """
+            INSERT INTO client_use VALUES (:client_id, :now)
+            ON CONFLICT (client_id) DO UPDATE SET last_token_at = max(last_token_at, :now)
+        """
+        if connection is None:
+            self.run(statement, client_id=client_id, now=now)
+        else:
+            connection.execute(statement, {"client_id": client_id, "now": now})
+        if len(self.used) > 10_000:  # no more clients than the cache holds
+            self.used = {}
+        self.used[client_id] = now
 
     def update_client(self, row: ClientRow) -> None:
         """Replace what may change of a client."""
@@ -1806,6 +2099,21 @@ class Store(Database):
             user_id=user_id, client_id=client_id,
         )
 
+    def list_admin_logins(self, user_id: str, client_id: str, now: int) -> list[Family]:
+        """Return the logins of an administrator that are alive at a client without a row: that of ADMIN tokens."""
+        return self.all(
+            Family,
+            f"""
+            SELECT family.*
+              FROM family
+              JOIN account ON account.id = family.user_id
+             WHERE family.user_id = :user_id AND family.client_id = :client_id AND family.expires_at > :now
+               AND NOT {FAMILY_REVOKED} AND family.created_ms > account.revoked_before
+             ORDER BY family.created_ms DESC
+            """,
+            user_id=user_id, client_id=client_id, now=now,
+        )
+
     def revoke_family(self, sid: str, now: int) -> bool:
         """Revoke a login at a client, and so its refresh tokens and access tokens, which name it.
 
@@ -1834,12 +2142,67 @@ class Store(Database):
 
     def list_sessions(
         self, user_id: str | None = None, client_id: str | None = None, id: str | None = None, sort: str = "-id",
-        limit: int = 1000, offset: int = 0
+        limit: int = 1000, offset: int = 0, living: bool = False, now: int = 0, after: str | None = None,
+        **more: str | None
     ) -> tuple[list[ListedSession], int]:
-        """Return access tokens, the newest first: their ids begin with the time. RFC 9562 §5.7."""
-        return self.page_of(
-            ListedSession, LISTED_SESSIONS, sort, limit, offset, id=id, user_id=user_id, client_id=client_id
+        """Return access tokens, the newest first: their ids begin with the time. RFC 9562 §5.7.
+
+        `living` selects those that are alive at `now`; `more` are `sid`, `mad_use`, `ip_address`. `after` is an id: those that follow it in the order of `sort`, which is that of ids.
+        """
+        given = {"id": id, "user_id": user_id, "client_id": client_id} | more
+        given = {name: value for name, value in given.items() if value is not None}
+        conditions = [SESSION_FILTERS[name] for name in given]
+        if living:
+            conditions.append(SESSION_IS_ALIVE)
+        where = " AND ".join(["1 = 1", *conditions])
+        return self.page_after(
+            ListedSession, f"SELECT * FROM session WHERE {where}", sort, limit, offset, LISTED_SESSIONS, after, now=now,
+            **given,
         )
+
+    def count_living(self, now: int, longest: int, most: int) -> dict[str, int]:
+        """Return how many tokens and logins of browsers have not expired and have no revocation of their own.
+
+        At most `most` of each are counted. No token lives for more than `longest` seconds, so older ones are not read:
+        the ids begin with the time.
+        """
+        tokens = self.value(
+            """
+            SELECT count(*)
+              FROM (SELECT 1 FROM session
+                     WHERE id >= :first AND expires_at > :now AND revoked_at IS NULL LIMIT :most)
+            """,
+            first=f"{max(0, now - longest) * 1000:012x}", now=now, most=most,
+        )
+        browsers = self.value(
+            """
+            SELECT count(*)
+              FROM (SELECT 1 FROM browser_session WHERE expires_at > :now AND revoked_at IS NULL LIMIT :most)
+            """,
+            now=now, most=most,
+        )
+        return {"token": tokens, "browser": browsers}
+
+    def count_signed(
+        self, port_name: str, alg: str, default_alg: str, begins: int, ends: int, now: int
+    ) -> tuple[int, int, int]:
+        """Return how many access tokens of a port are alive that were issued from `begins` until `ends` for a client
+        whose tokens have this algorithm, counting up to COUNT_MAX, and of how many users and clients they are.
+        """
+        row = self.one(
+            SignedTokens,
+            f"""
+            SELECT count(*), count(DISTINCT user_id), count(DISTINCT client_id)
+              FROM (SELECT user_id, client_id FROM session
+                     WHERE mad_use = :port_name AND issued_at >= :begins AND issued_at < :ends AND {SESSION_IS_ALIVE}
+                       AND coalesce((SELECT nullif(access_token_signed_alg, '') FROM client
+                                      WHERE client.client_id = session.client_id), :default_alg) = :alg
+                     LIMIT {COUNT_MAX + 1})
+            """,
+            port_name=port_name, alg=alg, default_alg=default_alg, begins=begins, ends=ends, now=now,
+        )
+        assert row
+        return row.tokens if row.tokens <= COUNT_MAX else AtLeast(row.tokens), row.users, row.clients
 
     def find_session(self, id: str) -> ListedSession | None:
         return next(iter(self.list_sessions(id=id)[0]), None)
@@ -1851,10 +2214,12 @@ class Store(Database):
 
     def list_refresh_tokens(
         self, user_id: str | None = None, client_id: str | None = None, id: str | None = None, sort: str = "-id",
-        limit: int = 1000, offset: int = 0
+        limit: int = 1000, offset: int = 0, after: str | None = None
     ) -> tuple[list[ListedRefreshToken], int]:
+        """Return refresh tokens, the newest first. `after` is as in list_sessions()."""
         return self.page_of(
-            ListedRefreshToken, LISTED_REFRESH_TOKENS, sort, limit, offset, id=id, user_id=user_id, client_id=client_id
+            ListedRefreshToken, LISTED_REFRESH_TOKENS, sort, limit, offset, after, id=id, user_id=user_id,
+            client_id=client_id,
         )
 
     def find_refresh_token_by_id(self, id: str) -> ListedRefreshToken | None:
@@ -1912,6 +2277,8 @@ class Store(Database):
             expires_at=expires_at, now=now,
         )
         self.run("UPDATE session SET revoked_at = :now WHERE id = :jti AND revoked_at IS NULL", jti=jti, now=now)
+        # Before the commit: whoever asks again in between gets another token, which this does not end.
+        self.generation.marks.touch(jti)
         return is_new
 
     def is_revoked(self, jti: str) -> bool:
@@ -2037,6 +2404,33 @@ class Store(Database):
             user_id=user_id, deleted=DELETED,
         )
 
+    def list_consents_for(self, client_id: str, limit: int = 1000, offset: int = 0) -> tuple[list[ClientConsent], int]:
+        """Return what users consented to for a client, by its internal id, in the order of their ids."""
+        return self.page(
+            ClientConsent,
+            """
+            SELECT user_id AS id, username, scope, given_at
+              FROM consent JOIN account ON account.id = user_id
+             WHERE client_id = :client_id AND username <> :deleted || account.id
+            """,
+            "id", limit, offset, client_id=client_id, deleted=DELETED,
+        )
+
+    def list_clients_with_consents(self) -> list[str]:
+        """Return the internal ids of the clients for which a user has consented to anything."""
+        return self.values("SELECT id FROM client WHERE id IN (SELECT client_id FROM consent)")
+
+    def delete_consents(self, client_id: str, limit: int) -> int:
+        """Delete up to `limit` consents for a client, by its internal id. Return how many."""
+        return self.run(
+            """
+            DELETE FROM consent
+             WHERE client_id = :client_id
+               AND user_id IN (SELECT user_id FROM consent WHERE client_id = :client_id LIMIT :limit)
+            """,
+            client_id=client_id, limit=limit,
+        )
+
     def delete_consent(self, user_id: str, client_id: str) -> bool:
         """Delete the consent of a user for a client, by its internal id. Return whether there was one."""
         return self.changed(
@@ -2132,6 +2526,25 @@ class Store(Database):
             user_id=user_id, now=now,
         )
 
+    def list_all_browser_sessions(
+        self, now: int, idle: int, user_id: str | None = None, ip_address: str | None = None, limit: int = 1000,
+        offset: int = 0
+    ) -> tuple[list[ListedBrowserSession], int]:
+        """Return the living browser sessions, the last used one first. `idle` is how many seconds one may be unused."""
+        return self.page(
+            ListedBrowserSession,
+            """
+            SELECT browser_session.*, username, id_sha256 AS id
+              FROM browser_session JOIN account ON account.id = user_id
+             WHERE revoked_at IS NULL AND browser_session.expires_at > :now AND last_seen_at + :idle > :now
+               AND created_ms > max(account.revoked_before,
+                   coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'revoked_before'), 0))
+               AND is_active = 1 AND (:user_id IS NULL OR user_id = :user_id)
+               AND (:ip_address IS NULL OR ip_address = :ip_address)
+            """,
+            "-last_seen_at", limit, offset, now=now, idle=idle, user_id=user_id, ip_address=ip_address,
+        )
+
     def touch_browser_session(self, id_sha256: str, now: int) -> None:
         """Record that a browser session is in use."""
         self.run(
@@ -2198,6 +2611,66 @@ class Store(Database):
         )
         self.run("DELETE FROM browser_session WHERE id_sha256 = :old", old=old)
 
+    # -- admin_session --
+
+    def find_admin_session(self, id_sha256: str) -> AdminSession | None:
+        return self.one(
+            AdminSession, "SELECT * FROM admin_session WHERE id_sha256 = :id_sha256", id_sha256=id_sha256
+        )
+
+    def list_admin_sessions(self, user_id: str, now: int, idle: int) -> list[AdminSession]:
+        """Return the sessions of an administrator at the console that are alive, the last used one first.
+
+        `idle` is after how many seconds without use one is over.
+        """
+        return self.all(
+            AdminSession,
+            """
+            SELECT admin_session.* FROM admin_session JOIN account ON account.id = user_id
+             WHERE user_id = :user_id AND expires_at > :now AND last_seen_at > :idle_since
+               AND created_ms > revoked_before
+             ORDER BY last_seen_at DESC
+            """,
+            user_id=user_id, now=now, idle_since=now - idle,
+        )
+
+    def touch_admin_session(self, id_sha256: str, now: int) -> None:
+        """Record that a session at the console is in use."""
+        self.run(
+            "UPDATE admin_session SET last_seen_at = :now WHERE id_sha256 = :id_sha256 AND last_seen_at < :now",
+            id_sha256=id_sha256, now=now,
+        )
+
+    def prove_admin_session(
+        self, id_sha256: str, user_id: str, amr: str, now: int, ip_address: str, user_agent: str
+    ) -> AdminSession | None:
+        """Record a proof, and where it came from. Return the session, or None if it is over."""
+        return self.one(
+            AdminSession,
+            """
+            UPDATE admin_session
+               SET proven_at = :now, last_seen_at = :now, amr = :amr, ip_address = :ip_address, user_agent = :user_agent
+             WHERE id_sha256 = :id_sha256 AND user_id = :user_id
+            RETURNING *
+            """,
+            id_sha256=id_sha256, user_id=user_id, amr=amr, now=now, ip_address=ip_address, user_agent=user_agent,
+        )
+
+    def keep_admin_session(self, id_sha256: str, user_id: str) -> None:
+        """Let a session of this user outlive the revocation of everything that was issued to the user before."""
+        self.run(
+            """
+            UPDATE admin_session
+               SET created_ms = (SELECT revoked_before + 1 FROM account WHERE id = :user_id)
+             WHERE id_sha256 = :id_sha256 AND user_id = :user_id
+            """,
+            id_sha256=id_sha256, user_id=user_id,
+        )
+
+    def delete_admin_session(self, id_sha256: str) -> bool:
+        """End a session at the console. Return whether there was one."""
+        return self.changed("DELETE FROM admin_session WHERE id_sha256 = :id_sha256", id_sha256=id_sha256)
+
     # -- revoking everything that was issued to a user or a client --
 
     def epoch(self, now_ms: int) -> int:
@@ -2229,6 +2702,12 @@ class Store(Database):
             "UPDATE client SET revoked_before = max(revoked_before + 1, :epoch) WHERE id = :id", id=id,
             epoch=self.epoch(now_ms),
         )
+
+    def revoke_everything(self, now_ms: int) -> None:
+        """End everything that was ever issued, on both ports, and every login under way."""
+        with self.transaction(identity=True):
+            self.put_meta("revoked_before", max(self.epoch(now_ms), int(self.meta("revoked_before", "0")) + 1))
+            self.delete_logins()
 
     # -- audit --
 
@@ -2328,34 +2807,39 @@ class Store(Database):
         return found or (0, "")
 
     def list_audit(
-        self, action: str | None = None, limit: int = 100, actor_id: str | None = None, target: str | None = None,
-        since: int = 0, until: int = FOREVER, after: int | None = None, offset: int = 0
+        self, action: str | None = None, limit: int = 100, after: int | None = None, offset: int = 0, **more: Any
     ) -> list[AuditRow]:
-        """Return audit rows, the newest first. Those after a `seq` come oldest first, to follow the log."""
+        """Return audit rows, the newest first. Those after a `seq` come oldest first, to follow the log.
+
+        `more` are other members of AuditFilter.
+        """
         direction = "ASC" if after is not None else "DESC"
         both = " UNION ALL ".join(f"SELECT * FROM {table} {AUDIT_FILTER}" for table in AUDIT_TABLES)
         return self.all(
             AuditRow, f"{both} ORDER BY seq {direction} LIMIT :limit OFFSET :offset",
-            action=action, actor_id=actor_id, target=target, since=since, until=until,
-            after=-1 if after is None else after, limit=limit, offset=offset,
+            **msgspec.structs.asdict(AuditFilter(action, **more)), after=-1 if after is None else after, limit=limit,
+            offset=offset,
         )
+
+    def list_audit_actions(self) -> list[str]:
+        """Return every action that the audit log has rows of."""
+        both = " UNION ".join(f"SELECT action FROM {table}" for table in AUDIT_TABLES)
+        return self.values(f"{both} ORDER BY 1")
 
     def find_audit(self, seq: int) -> AuditRow | None:
         both = " UNION ALL ".join(f"SELECT * FROM {table} WHERE seq = :seq" for table in AUDIT_TABLES)
         return self.one(AuditRow, both, seq=seq)
 
-    def count_audit(
-        self, action: str | None = None, actor_id: str | None = None, target: str | None = None, since: int = 0,
-        until: int = FOREVER
-    ) -> int:
+    def count_audit(self, action: str | None = None, **more: Any) -> int:
         """Return how many rows list_audit() finds: AtLeast beyond COUNT_MAX, but for all rows, which need no counting:
         their numbers tell.
         """
-        if (action, actor_id, target, since, until) == (None, None, None, 0, FOREVER):
+        wanted = AuditFilter(action, **more)
+        if wanted == AuditFilter():
             return sum(self.count_audit_rows())
         return self.count(
             " UNION ALL ".join(f"SELECT 1 FROM {table} {AUDIT_FILTER}" for table in AUDIT_TABLES),
-            action=action, actor_id=actor_id, target=target, since=since, until=until, after=-1,
+            **msgspec.structs.asdict(wanted), after=-1,
         )
 
     def count_audit_rows(self) -> tuple[int, int]:
@@ -2389,8 +2873,9 @@ class Store(Database):
             sizes.append(AuditSize(rows, int(rows * (mean + ROW_OVERHEAD) * PAGE_OVERHEAD)))
         return sizes[0], sizes[1]
 
-    def verify_audit(self) -> dict:
+    def verify_audit(self, pause: Callable[[], object] = lambda: None) -> dict:
         """Walk the hash chains. Return `valid`, `rows`, `first_seq`, `last_seq`, `head` and, if one is broken, `reason`.
+        `pause` is called after each thousand rows.
 
         One read transaction, so rows that are appended meanwhile are not seen. The chains begin at the anchors that
         purge_audit() and purge_refusals() stored. A number may be missing only up to an anchor: the rows of the other
@@ -2422,6 +2907,8 @@ class Store(Database):
                     return found | {"valid": False, "reason": f"row {seq} was altered{before}"}
                 seen[kind] = seen[kind] or heads[kind] == (seq, row[10])
                 count, first = count + 1, first or seq
+                if count % 1000 == 0:
+                    pause()
                 found |= {"rows": count, "first_seq": first}
                 if kind == 0:
                     found |= {"last_seq": seq, "head": row[10]}
@@ -2475,10 +2962,12 @@ class Store(Database):
                 "UPDATE browser_session SET revoked_at = :now WHERE created_ms > :later_ms AND revoked_at IS NULL",
                 now=now, later_ms=later_ms,
             )
+            done += self.run("DELETE FROM admin_session WHERE created_ms > :later_ms", later_ms=later_ms)
             done += self.run("DELETE FROM authorization_code WHERE issued_ms > :later_ms", later_ms=later_ms)
             done += self.run("DELETE FROM login_transaction WHERE created_at > :later", later=later)
             done += self.run("DELETE FROM parked_hints WHERE created_at > :later", later=later)
             done += self.run("DELETE FROM device_failure WHERE last_failed_at > :later", later=later)
+            done += self.run("DELETE FROM invitation WHERE created_ms > :later_ms", later_ms=later_ms)
             # An access token with an `iat` in the future is refused anyway, but its row would count as the newest.
             done += self.run("DELETE FROM session WHERE id > :id", id=f"{later_ms:012x}")
             # Failures in the future would lock accounts until then. A lockout keeps the time it had left; one that
@@ -2588,11 +3077,15 @@ class Store(Database):
                     self.record_file_ids()
                     self.write_something()  # the batch proves nothing: it is not synced, and may be empty
                 with self.writing():
+                    began = time.monotonic()
                     connection = self.batch_connection = self.batch_connection or self.connect("NORMAL")
                     with self.committing(connection):
                         connection.executemany(MACHINE_SESSION_INSERT, [session for session, _ in batch])
+                        for client_id, issued_at in {session[1]: session[3] for session, _ in batch}.items():
+                            self.note_use(client_id, issued_at, connection)
                         head = self.append_audit(batch_audit(batch), connection)
                 self.batch_head = head  # after the commit: one that was rolled back is in no chain
+                self.count_commit("batch", len(batch), time.monotonic() - began)
             except Exception as error:  # whatever it is, keep the rows and the thread
                 self.queue.extendleft(reversed(batch))
                 if isinstance(error, sqlcipher3.Error) and not is_busy(error) and self.batch_connection:

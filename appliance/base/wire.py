@@ -37,7 +37,6 @@ import cheroot.workers.threadpool
 import cheroot.wsgi
 import httptools
 import msgspec
-from cryptography.hazmat.primitives import serialization
 
 from appliance.base.clock import sleep
 from appliance.base.headers import security_headers
@@ -229,73 +228,6 @@ def find_listener(port: int) -> int:
                     if os.readlink(descriptor.path) in inodes:
                         return pid
     return 0
-
-
-def _load_pkcs12(context, content, password):
-    from cryptography.hazmat.primitives.serialization import (
-        pkcs12,
-    )  # seldom needed, and it has its share of the start-up
-
-    key, certificate, chain = pkcs12.load_key_and_certificates(content, password.encode() or None)
-    if key is None or certificate is None:
-        raise ValueError("no key or no certificate")
-    pem = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    pem += b"".join(one.public_bytes(serialization.Encoding.PEM) for one in (certificate, *chain))
-    # Memory, never the disk: the ssl module loads from files only.
-    descriptor = os.memfd_create("tls", os.MFD_CLOEXEC)
-    try:
-        os.write(descriptor, pem)
-        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
-    finally:
-        os.close(descriptor)
-
-
-def tls_context(cert_file: str, key_file: str | None = None, password: str | None = None) -> ssl.SSLContext:
-    """Return a server context for TLS 1.2 and later.
-
-    `cert_file` is PEM (the chain, perhaps with its key) or PKCS#12, told apart by content.
-    Raises ValueError with a sentence for the operator. RFC 9325 §3.1, §4.2.
-    """
-    for name in filter(None, (cert_file, key_file)):
-        try:
-            with open(name, "rb") as file:
-                content = file.read()
-        except OSError as error:
-            raise ValueError(f"The TLS file {name} cannot be read: {error.strerror}.") from None
-        if name == cert_file:
-            certificate = content
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_COMPRESSION | ssl.OP_NO_RENEGOTIATION
-    context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")  # of TLS 1.2: forward secrecy and AEAD only
-    context.set_alpn_protocols(["http/1.1"])
-    secret = password or ""  # never None: OpenSSL would ask the terminal
-    try:
-        if b"-----BEGIN " in certificate:
-            context.load_cert_chain(cert_file, key_file, lambda: secret)
-        else:
-            _load_pkcs12(context, certificate, secret)
-    except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
-            raise ValueError(f"The TLS key does not belong to the certificate {cert_file}.") from None
-        if (
-            error.reason == "NO_START_LINE"
-            or (error.reason is None
-            and not key_file
-            and b"PRIVATE KEY-----" not in certificate)
-        ):
-            raise ValueError(
-                f"The TLS file {key_file or cert_file} has no private key or no certificate in it."
-            ) from None
-        raise ValueError(
-            f"The TLS key of {cert_file} cannot be opened: the passphrase is wrong or missing, or the file is damaged."
-        ) from None
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"The TLS file {cert_file} cannot be used: it is neither PEM nor PKCS#12, or its passphrase is wrong."
-        ) from error
-    return context
 
 
 def _address(text):
@@ -1219,7 +1151,7 @@ class Server(cheroot.wsgi.Server):
                 sock = self.tls.wrap_socket(
                     sock, server_side=True, do_handshake_on_connect=False, suppress_ragged_eofs=True
                 )
-            base = {**self._base, "REMOTE_ADDR": peer, "microauthd.peer": peer, **named}
+            base = {**self._base, "REMOTE_ADDR": peer, "microauthd.peer": peer, "microauthd.socket": peer, **named}
             connection = Connection(self, sock, peer, base, self._names[trusted], trusted, counted)
             if self.is_unix and named["microauthd.uid"] not in self.users:
                 # Nothing was worked on, so the client may go elsewhere. RFC 9110 §15.5.20
@@ -1312,7 +1244,8 @@ class Server(cheroot.wsgi.Server):
         except BaseException:  # a thread must survive whatever an application raises
             self.log("error", server=self.name, request_id=environ["microauthd.request_id"], exc_info=sys.exc_info())
             _, code, message = HTTP_REFUSALS[500]
-            body = b'{"success":false,"message":"%b","error":"%b"}' % (message.encode(), code.encode())
+            named = message.encode(), code.encode(), environ["microauthd.request_id"].encode()
+            body = b'{"success":false,"message":"%b","error":"%b","request_id":"%b"}' % named
             headers = [*security_headers(scheme=environ["wsgi.url_scheme"]), *REFUSAL_HEADERS]
             return self._write(environ, keep, "500 Internal Server Error", headers, body), not keep
 
@@ -1334,6 +1267,8 @@ class Server(cheroot.wsgi.Server):
             fields += f"Content-Length: {length}\r\n"
             if head_only:
                 body = b""
+        # Not a field of the application: the blocks of those are remembered because they repeat, and this one does not.
+        fields += f"X-Request-Id: {environ['microauthd.request_id']}\r\n"
         return f"{fields}Date: {self._now()}\r\n\r\n".encode("latin-1") + body
 
     def _block(self, status, headers):

@@ -628,7 +628,7 @@ class TestMachine:
                 for _ in range(24 if which == 1 else 0):  # nobody waits for it
                     assert box.call(box.auth_port, "GET", "/ping", timeout=3).status == 200
             await_true(lambda: len(box.pids()) == 4, 20, "it stays away")
-            assert box.said().count("worker.owed") == 1
+            assert box.log().count("worker.owed") == 1
             stock.line = Line(box)  # what it held to the one that died has ended
             assert well(box, stock)
 

@@ -124,6 +124,8 @@ class TestLayer:
 
         Cuts(run.entries, run.box.folder, run.box.base).cut(run.ended, Keep(), tmp_path / "data", keep=1)
         for path in (tmp_path / "data").iterdir():
+            if path.name == "tokens.marks":  # through memory, and made anew at each start
+                continue
             assert path.read_bytes() == (run.left / path.name).read_bytes(), path.name
         assert {"mad.db3", "mad.db3-wal", "token.pem", "admin_token.pem", "seal.key", "mad.conf"} <= set(
             os.listdir(tmp_path / "data")

@@ -14,6 +14,7 @@ import pytest
 from box import PROGRAM, Box
 from crowd import Administrator, Crowd, Patron, Service, await_true, basic, request, sockets_of
 from test_flows import make_certificate
+from appliance.base.metrics import Counters
 from appliance.base.database import Generation, read_database_key
 from appliance.base.store import Store
 from appliance.base.wire import Limits
@@ -119,19 +120,16 @@ def test_deaths_in_quick_succession_do_not_end_the_service(box, kills):
 
 
 def test_one_that_cannot_start_is_tried_again_for_ever_and_the_others_serve(tmp_path):
-    """A certificate that is being renewed, a cache that was cleaned: whatever it is, it may pass."""
-    make_certificate(tmp_path, b"phrase")
-    certificate, aside = tmp_path / "box.pem", tmp_path / "aside"
-    box = Box(tmp_path / "data", workers="2", auth_ssl_cert_file=certificate, admin_ssl_cert_file=certificate)
-    box.tls = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
-    with box:
-        certificate.rename(aside)
+    """A database that is moved away, a cache that was cleaned: whatever it is, it may pass."""
+    with Box(tmp_path / "data", workers="2") as box:
+        database, aside = box.folder / "mad.db3", box.folder / "aside"
+        database.rename(aside)
         os.kill(box.pids()[1], signal.SIGKILL)
-        await_true(lambda: box.said().count("start.failed") > 11, 60, "it is not tried again")
+        await_true(lambda: box.log().count("start.failed") > 11, 60, "it is not tried again")
         assert box.process.poll() is None and box.admin_token()
         for _ in range(24):  # none of which waits for it
             assert box.call(box.auth_port, "GET", "/ping", timeout=3).status == 200
-        aside.rename(certificate)
+        aside.rename(database)
         await_true(lambda: len(box.pids()) == 4, 20, "it stays away")
         for _ in range(12):
             assert box.token().status == 200
@@ -165,7 +163,7 @@ def test_one_that_is_stopped_does_not_outlive_its_supervisor(tmp_path):
 
 def test_after_thousands_of_replacements_one_still_begins(monkeypatch):
     """Each says that it is ready in a pipe, which has to be read."""
-    startup = types.SimpleNamespace(generation=Generation(), auth_sockets=[], log=lambda *_, **__: None)
+    startup = types.SimpleNamespace(generation=Generation(), counters=Counters(), certificates={}, auth_sockets=[], log=lambda *_, **__: None)
     supervisor = Supervisor(startup)
     supervisor.children[1] = (0, 0.0)
     monkeypatch.setattr(os, "waitpid", lambda pid, flags: (0, 0))
@@ -183,7 +181,7 @@ class TestReplacing:
         """One that forks only on paper, with a clock moved by hand: `at`."""
         startup = types.SimpleNamespace(
             generation=Generation(), auth_sockets=[socket.socket(), socket.socket()], admin_socket=socket.socket(),
-            local=None, log=lambda *_, **__: None,
+            local=None, log=lambda *_, **__: None, counters=Counters(), certificates={}, handed=frozenset(),
         )
         supervisor, pids = Supervisor(startup), iter(range(100, 1000))
         supervisor.at = time.monotonic()
@@ -343,14 +341,14 @@ def test_a_process_that_hangs_is_replaced_and_those_that_go_on_are_not(box):
             sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
         for sock in waiting:
             assert b" 200 " in sock.recv(65536)
-    await_true(lambda: box.said().count("worker.stuck") == 2 and len(box.pids()) == 4, 10, "one of them is left")
+    await_true(lambda: box.log().count("worker.stuck") == 2 and len(box.pids()) == 4, 10, "one of them is left")
     now = box.pids()
     assert now[0] == supervisor and not stopped & set(now) and children[1] in now
 
 
 def test_what_one_changed_that_died_before_it_could_say_so_is_known_to_all():
     """The supervisor says it: that something may have changed. Between a commit and the word of it may lie a checkpoint."""
-    startup = types.SimpleNamespace(generation=Generation(), auth_sockets=[None], log=lambda *_, **__: None)
+    startup = types.SimpleNamespace(generation=Generation(), counters=Counters(), certificates={}, auth_sockets=[None], log=lambda *_, **__: None)
     supervisor, before = Supervisor(startup), startup.generation.read()
     pid = os.fork()
     if not pid:
@@ -360,7 +358,10 @@ def test_what_one_changed_that_died_before_it_could_say_so_is_known_to_all():
 
 
 def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
-    startup = types.SimpleNamespace(generation=Generation(), auth_sockets=[None, None], log=lambda *_, **__: None)
+    startup = types.SimpleNamespace(
+        generation=Generation(), counters=Counters(), certificates={}, auth_sockets=[None, None],
+        log=lambda *_, **__: None,
+    )
     supervisor, generation, killed, now = Supervisor(startup), startup.generation, [], time.monotonic()
 
     def look(after):

@@ -1,0 +1,470 @@
+"""Administrators at the console, in a real browser against the built archive: journeys, keyboard, narrow screens, axe.
+
+A JavaScript error, a violation of the policy or a serious finding of axe fails each of them.
+"""
+
+import os
+import re
+
+import pyotp
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from box import Box
+from playwright.sync_api import expect, sync_playwright
+from test_browser import QUIET
+
+SHOTS = os.environ.get("SCREENSHOTS", "")  # a folder to look at them in
+PASSWORD = "a phrase for the console"
+HOSTILE = '<img src=x onerror="document.title=1">../"\U0001f600'
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory):
+    box = Box(
+        tmp_path_factory.mktemp("console") / "data", workers="1", brand_name="North box", enable_token_refresh="true",
+        enable_token_revocation="true",
+    )
+    box.settings["oidc-issuer"] = f"http://127.0.0.1:{box.auth_port}"
+    with box:
+        bearer = box.admin_token()
+
+        def call(method, path, body=None, status=200):
+            answer = box.admin(method, path, json_body=body, bearer=bearer)
+            assert answer.status == status, answer
+            return answer.json
+
+        box.call_admin = call
+
+        def new_admin(name):
+            made = call("POST", "/users", {"username": name, "email": f"{name}@example.org", "password": PASSWORD})
+            call("POST", "/roles/assign", {"user_id": made["id"], "role_id": "MadAdmin"})
+            return name
+
+        box.new_admin = new_admin
+        call("POST", "/clients", {"client_id": "web", "redirect_uris": ["https://web.example/cb"]})
+        call("POST", "/clients", {"client_id": "hostile", "display_name": HOSTILE})
+        for number in range(60):
+            call(
+                "POST", "/clients",
+                {"client_id": f"page-{number:02}", "display_name": f"page-{number:02}", "client_type": "public"},
+            )
+        yield box
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(box, chromium):
+    """Open a browser of one's own at the console: visit(width=320, color_scheme="dark", ...) is its page."""
+    contexts = []
+
+    def call(width=1280, height=800, path="", **more):
+        context = chromium.new_context(viewport={"width": width, "height": height}, **{"locale": "en-GB"} | more)
+        contexts.append(context)
+        page = context.new_page()
+        page.troubles = []
+        page.on("pageerror", lambda error: page.troubles.append(str(error)))
+        page.on(
+            "console",
+            lambda said: (
+                page.troubles.append(said.text)
+                if said.type in ("error", "warning") and "status of 4" not in said.text
+                else None
+            ),
+        )
+        page.origin = f"http://127.0.0.1:{box.admin_port}"
+        page.goto(f"{page.origin}/dashboard/{path}")
+        return page
+
+    yield call
+    for context in contexts:
+        for page in context.pages:
+            assert getattr(page, "troubles", []) == []
+        context.close()
+
+
+def sign_in(page, name="root", password=Box.PASSWORD, code=""):
+    page.get_by_label("User name").fill(name)
+    page.get_by_label("Password", exact=True).fill(password)
+    if code:
+        page.get_by_label("Code, if you").fill(code)
+    page.get_by_role("button", name="Sign in").click()
+    return page
+
+
+@pytest.fixture
+def console(visit):
+    """A page of the console, signed in as an administrator: console("#/applications")."""
+
+    def call(path="", name="root", password=Box.PASSWORD, **more):
+        page = sign_in(visit(path=path, **more), name, password)
+        expect(page.get_by_role("heading", level=1)).to_be_visible()
+        expect(page.locator(".top")).to_be_visible()
+        return page
+
+    return call
+
+
+def shoot(page, name):
+    if SHOTS:
+        page.screenshot(path=f"{SHOTS}/{name}.png", full_page=True)
+
+
+def confirm(page, button):
+    page.get_by_role("dialog").get_by_role("button", name=button).click()
+
+
+class TestSigningIn:
+    def test_an_administrator_signs_in_and_out(self, console):
+        page = console()
+        expect(page.get_by_role("heading", name="Home")).to_be_visible()
+        assert page.title() == "Home – North box"
+        page.get_by_label("Signed in as root").click()
+        page.get_by_role("button", name="Sign out").click()
+        expect(page.get_by_role("heading", name="Sign in")).to_be_visible()
+        assert not [cookie for cookie in page.context.cookies() if cookie["name"].endswith("mad-admin")]
+
+    @pytest.mark.parametrize("name, password", [("root", "wrong"), ("nobody", "wrong")])
+    def test_whatever_is_wrong_one_sentence_says_so_and_the_name_stays(self, visit, name, password):
+        page = sign_in(visit(), name, password)
+        expect(page.get_by_role("alert")).to_contain_text("That did not work.")
+        expect(page.get_by_label("User name")).to_have_value(name)
+        expect(page.get_by_label("Password", exact=True)).to_have_value("")
+        expect(page.get_by_label("Password", exact=True)).to_be_focused()
+
+    def test_the_addresses_of_the_original_lead_there(self, visit, box):
+        page = visit()
+        for path in ("/", "/Dashboard", "/dashboard", "/Login"):
+            page.goto(page.origin + path)
+            expect(page).to_have_url(f"{page.origin}/dashboard/")
+
+    def test_where_one_wanted_to_go_is_kept(self, console):
+        page = console("#/applications/web/secrets")
+        expect(page.get_by_role("heading", name="web", exact=True)).to_be_visible()
+        expect(page.get_by_role("link", name="Secrets")).to_have_attribute("aria-current", "page")
+
+    def test_a_reload_stays_signed_in(self, console):
+        page = console("#/me")
+        page.reload()
+        expect(page.get_by_role("heading", name="My account")).to_be_visible()
+
+    def test_a_second_factor_is_set_up_here_and_asked_for_from_then_on(self, console, visit, box):
+        name = box.new_admin("factor")
+        page = console("#/me", name, PASSWORD)
+        page.get_by_role("button", name="Set it up").click()
+        seed = page.get_by_label("Seed", exact=True).inner_text()
+        expect(page.get_by_alt_text("QR code")).to_be_visible()
+        page.get_by_label("Code that it shows").fill("000000")
+        page.get_by_role("button", name="Turn on").click()
+        expect(page.get_by_role("alert")).to_contain_text("code is wrong")
+        page.get_by_label("Code that it shows").fill(pyotp.TOTP(seed).now())
+        page.get_by_role("button", name="Turn on").click()
+        expect(page.get_by_text("● The second factor is on.")).to_be_visible()
+        page.reload()
+        expect(page.get_by_role("heading", name="My account")).to_be_visible()
+        other = sign_in(visit(), name, PASSWORD)
+        expect(other.get_by_role("alert")).to_contain_text("That did not work.")
+
+
+class TestSession:
+    def test_when_it_ends_in_the_middle_nothing_that_was_typed_is_lost(self, console, box):
+        name = box.new_admin("midway")
+        page = console("#/applications/web/tokens", name, PASSWORD)
+        page.get_by_label("audience").fill("typed-before")
+        box.call_admin("POST", f"/users/{name}/revoke")
+        page.get_by_role("button", name="Save").first.click()
+        card = page.get_by_role("dialog")
+        expect(card).to_contain_text("Your session has ended")
+        card.get_by_label("Password", exact=True).fill(PASSWORD)
+        card.get_by_role("button", name="Sign in", exact=True).click()
+        expect(card).to_have_count(0)
+        expect(page.get_by_label("audience")).to_have_value("typed-before")
+        assert box.call_admin("GET", "/clients/web")["audience"] != "typed-before", "a write waits for the button"
+        page.get_by_role("button", name="Save").first.click()
+        expect(page.get_by_role("status").filter(has_text="Saved.")).to_be_visible()
+        assert box.call_admin("GET", "/clients/web")["audience"] == "typed-before"
+
+    def test_in_another_browser_the_cookie_opens_nothing_until_the_password_does(self, console, chromium, box):
+        cookies = console().context.cookies()
+        context = chromium.new_context(user_agent="another browser", locale="en-GB")
+        context.add_cookies(cookies)
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{box.admin_port}/dashboard/#/applications")
+        dialog = page.get_by_role("dialog")
+        expect(dialog).to_contain_text("another network or another browser")
+        assert not page.get_by_role("row").all()
+        dialog.get_by_label("Your password").fill(Box.PASSWORD)
+        dialog.get_by_role("button", name="Go on").click()
+        expect(page.get_by_role("row").first).to_be_visible()
+        context.close()
+
+    def test_a_page_on_another_port_of_this_host_gets_nothing(self, console, box):
+        page = console()
+        other = page.context.new_page()
+        other.goto(f"http://127.0.0.1:{box.auth_port}/health")
+        ask = """async ([url, method]) => {
+            const options = { method, credentials: "include", mode: "no-cors" };
+            const answer = await fetch(url, options).catch(() => null);
+            return answer && [answer.type, await answer.text()];
+        }"""
+        for path, method in (("/dashboard/session", "GET"), ("/users", "GET"), ("/logout", "POST")):
+            answer = other.evaluate(ask, [page.origin + path, method])
+            assert answer in (None, ["opaque", ""])
+        other.close()
+        page.reload()
+        expect(page.get_by_role("heading", name="Home")).to_be_visible()
+
+    def test_ones_own_sessions_are_listed_and_the_others_ended(self, console, box):
+        name = box.new_admin("twice")
+        first, second = console("#/me", name, PASSWORD), console("#/me", name, PASSWORD)
+        expect(second.get_by_role("cell", name="this one")).to_have_count(1)
+        second.get_by_role("button", name="End my other sessions").click()
+        expect(second.get_by_role("button", name="End", exact=True)).to_have_count(0)
+        first.get_by_role("link", name="Applications").click()
+        expect(first.get_by_role("dialog")).to_contain_text("Your session has ended")
+
+
+class TestApplications:
+    def test_one_is_made_by_what_it_is_and_its_secret_is_shown_once(self, console, box):
+        page = console("#/applications")
+        page.get_by_role("button", name="Make application").click()
+        page.get_by_label("Service", exact=False).first.check()
+        page.get_by_label("Name", exact=True).fill("My Sensor")
+        expect(page.get_by_label("client_id")).to_have_value("my-sensor")
+        page.get_by_role("button", name="Make application").click()
+        card = page.get_by_role("region", name="This secret is shown once")
+        secret = card.locator("code").inner_text()
+        shoot(page, "secret")
+        assert box.auth("/token", {"grant_type": "client_credentials"}, client=("my-sensor", secret)).status == 200
+        assert secret not in page.url
+        expect(card.get_by_role("button", name="Close")).to_be_disabled()
+        card.get_by_label("I have stored it").check()
+        card.get_by_role("button", name="Close").click()
+        expect(card).to_have_count(0)
+        page.reload()
+        expect(page.get_by_role("heading", name="My Sensor")).to_be_visible()
+        assert secret not in page.content()
+
+    def test_a_name_that_is_taken_is_said_and_the_form_stays(self, console):
+        page = console("#/applications/new")
+        page.get_by_label("Web application").check()
+        page.get_by_label("Name", exact=True).fill("web")
+        page.get_by_label("Redirect URIs").fill("https://other.example/cb")
+        page.get_by_role("button", name="Make application").click()
+        expect(page.get_by_role("alert")).to_contain_text("The name is taken.")
+        expect(page.get_by_label("Redirect URIs")).to_have_value("https://other.example/cb")
+
+    def test_a_redirect_uri_is_judged_before_it_is_added_and_its_removal_undone(self, console, box):
+        page = console("#/applications/web/addresses")
+        field = page.get_by_label("Add an address").first
+        field.fill("http://web.example/cb")
+        expect(page.get_by_text("http is allowed for this computer only.")).to_be_visible()
+        expect(page.get_by_role("button", name="Add").first).to_be_disabled()
+        field.fill("https://web.example/second")
+        expect(page.get_by_text("It would be taken.")).to_be_visible()
+        page.get_by_role("button", name="Add").first.click()
+        expect(page.get_by_text("https://web.example/second", exact=True)).to_be_visible()
+        page.get_by_role("button", name="Remove https://web.example/second").click()
+        page.get_by_role("button", name="Undo").click()
+        expect(page.get_by_text("Taken back.")).to_be_visible()
+        kept = box.call_admin("GET", "/clients/web/redirect-uris")
+        assert [row["uri"] for row in kept] == ["https://web.example/cb", "https://web.example/second"]
+
+    def test_a_second_secret_leaves_the_first_one_time(self, console, box):
+        made = box.call_admin("POST", "/clients", {"client_id": "rotated"})
+        page = console("#/applications/rotated/secrets")
+        page.get_by_role("button", name="Make another").click()
+        card = page.get_by_role("region", name="This secret is shown once")
+        expect(card).to_contain_text("The earlier secret works for an hour.")
+        for secret in (made["client_secret"], card.locator("code").inner_text()):
+            assert box.auth("/token", {"grant_type": "client_credentials"}, client=("rotated", secret)).status == 200
+        expect(page.get_by_role("button", name="End", exact=True)).to_have_count(2)
+
+    def test_the_change_of_another_is_shown_beside_ones_own(self, console, box):
+        box.call_admin("POST", "/clients", {"client_id": "shared", "display_name": "Before"})
+        page = console("#/applications/shared/rights")
+        page.get_by_label("Name", exact=True).fill("Mine")
+        box.call_admin("PUT", "/clients/shared", {"display_name": "Theirs"})
+        page.get_by_role("button", name="Save").click()
+        note = page.get_by_role("alert").filter(has_text="Somebody changed this")
+        expect(note.get_by_role("row", name="Name Mine Theirs Before")).to_be_visible()
+        note.get_by_role("button", name="Take mine").click()
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_role("heading", name="Mine")).to_be_visible()
+        assert box.call_admin("GET", "/clients/shared")["display_name"] == "Mine"
+
+    def test_leaving_with_changes_asks(self, console):
+        page = console("#/applications/web/rights")
+        page.get_by_label("Name", exact=True).fill("Half typed")
+        page.get_by_role("link", name="Home").click()
+        expect(page.get_by_role("dialog")).to_contain_text("Leave without saving?")
+        confirm(page, "Cancel")
+        expect(page.get_by_label("Name", exact=True)).to_have_value("Half typed")
+        page.get_by_role("link", name="Home").click()
+        confirm(page, "Leave")
+        expect(page.get_by_role("heading", name="Home")).to_be_visible()
+
+    def test_a_deletion_wants_the_name_typed(self, console, box):
+        box.call_admin("POST", "/clients", {"client_id": "doomed"})
+        page = console("#/applications/doomed/danger")
+        page.get_by_role("button", name="Delete application").click()
+        button = page.get_by_role("dialog").get_by_role("button", name="Delete application")
+        expect(button).to_be_disabled()
+        page.get_by_label("Type doomed to confirm").fill("doomed")
+        button.click()
+        expect(page.get_by_role("heading", name="Applications")).to_be_visible()
+        assert box.call_admin("GET", "/clients/doomed", status=404)
+
+    def test_with_an_old_proof_the_same_dialog_asks_for_the_password(self, visit, box):
+        box.call_admin("POST", "/clients", {"client_id": "proven"})
+        page = visit(path="#/applications/proven/danger")
+
+        def age(route):
+            """Let the page believe that the password was given long ago."""
+            answer = route.fetch()
+            body = answer.json() | {"proven_until": "2026-01-01T00:00:00Z"}
+            route.fulfill(response=answer, json=body)
+
+        page.route("**/dashboard/session", age)
+        sign_in(page)
+        page.get_by_role("button", name="Delete application").click()
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_label("Type proven to confirm").fill("proven")
+        dialog.get_by_label("Your password").fill("wrong")
+        dialog.get_by_role("button", name="Delete application").click()
+        expect(dialog.get_by_role("alert")).to_contain_text("wrong")
+        assert box.call_admin("GET", "/clients/proven")
+        dialog.get_by_label("Your password").fill(Box.PASSWORD)
+        dialog.get_by_role("button", name="Delete application").click()
+        expect(page.get_by_role("heading", name="Applications")).to_be_visible()
+        assert box.call_admin("GET", "/clients/proven", status=404)
+
+    def test_a_list_is_searched_sorted_and_paged_by_its_address(self, console):
+        page = console("#/applications")
+        expect(page.get_by_role("row")).to_have_count(51)
+        page.get_by_role("button", name="Next").click()
+        expect(page).to_have_url(re.compile("page=2"))
+        page.go_back()
+        page.get_by_label("Search applications").fill("page-4")
+        expect(page.get_by_role("row")).to_have_count(11)
+        page.get_by_role("button", name="Name").click()
+        expect(page.get_by_role("row").nth(1)).to_contain_text("page-49")
+        page.reload()
+        expect(page.get_by_role("row").nth(1)).to_contain_text("page-49")
+        page.get_by_label("Search applications").fill("nothing of this name")
+        page.get_by_role("button", name="Clear filters").click()
+        expect(page.get_by_role("row")).to_have_count(51)
+
+    def test_a_hostile_name_is_text(self, console):
+        page = console("#/applications/hostile/connect")
+        expect(page.get_by_role("heading", level=1)).to_have_text(HOSTILE)
+        page.get_by_role("link", name="Danger").click()
+        page.get_by_role("button", name="Delete application").click()
+        expect(page.get_by_role("dialog")).to_contain_text(HOSTILE)
+        assert page.locator("main img, dialog img").count() == 0
+
+
+class TestKeyboard:
+    def test_the_palette_finds_and_opens(self, console):
+        page = console()
+        page.keyboard.press("/")
+        expect(page.get_by_role("combobox", name="Find or do")).to_be_focused()
+        page.keyboard.type("page-07")
+        expect(page.get_by_role("dialog").get_by_role("option").first).to_contain_text("page-07")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("heading", name="page-07")).to_be_focused()
+        page.keyboard.press("Control+k")
+        page.keyboard.type("my acc")
+        expect(page.get_by_role("dialog").get_by_role("option").first).to_contain_text("My account")
+        page.keyboard.press("Escape")
+        expect(page.get_by_role("dialog")).to_have_count(0)
+
+    def test_rows_are_walked_and_opened(self, console):
+        page = console("#/applications")
+        page.locator("a.row").first.focus()
+        page.keyboard.press("j")
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("k")
+        wanted = page.locator("a.row").nth(1)
+        expect(wanted).to_be_focused()
+        name = wanted.locator(".strong").inner_text()
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("heading", level=1).last).to_have_text(name)
+
+    def test_an_application_is_made_without_a_mouse(self, console, box):
+        page = console("#/applications/new")
+        page.get_by_role("radio").first.focus()
+        page.keyboard.press("Space")
+        for key in ("Tab", *"By keys", "Tab", "Tab", "Enter"):
+            page.keyboard.press("Space" if key == " " else key)
+        expect(page.get_by_role("region", name="This secret is shown once")).to_be_visible()
+        assert box.call_admin("GET", "/clients/by-keys")["grant_types"] == ["client_credentials"]
+
+    def test_one_may_skip_to_the_content(self, console):
+        page = console("#/applications")
+        page.locator(".skip").focus()
+        page.keyboard.press("Enter")
+        expect(page.locator("main")).to_be_focused()
+
+
+PLACES = [
+    "", "#/applications", "#/applications/new", "#/me",
+    *(f"#/applications/web/{tab}" for tab in ("connect", "secrets", "addresses", "rights", "tokens", "preview", "who", "danger")),
+]
+
+
+class TestLooks:
+    @pytest.mark.parametrize("width, scheme, locale", [(320, "dark", "de-DE"), (1280, "light", "en-GB"), (2560, "dark", "en-GB")])
+    def test_every_place_fits_and_axe_finds_nothing_serious(self, visit, width, scheme, locale):
+        page = visit(width, color_scheme=scheme, locale=locale)
+        page.locator("[name=username]").fill("root")
+        page.locator("[name=password]").fill(Box.PASSWORD)
+        page.locator("[type=submit]").click()
+        expect(page.locator(".top")).to_be_visible()
+        for place in PLACES:
+            page.evaluate("place => { location.hash = place }", place)
+            page.wait_for_load_state("networkidle")
+            assert page.evaluate("document.documentElement.scrollWidth") <= width, place
+            found = Axe().run(page).response["violations"]
+            serious = [one for one in found if one["impact"] in ("serious", "critical")]
+            assert not serious, (place, [(one["id"], one["nodes"][0]["html"]) for one in serious])
+            shoot(page, f"{width}-{scheme}-{re.sub('[^a-z]+', '-', place)}")
+
+    def test_the_sign_in_is_alike_at_320_pixels(self, visit):
+        page = visit(320, 600)
+        expect(page.get_by_role("button", name="Sign in")).to_be_in_viewport()
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320
+        assert not [one for one in Axe().run(page).response["violations"] if one["impact"] in ("serious", "critical")]
+
+    def test_the_menu_of_a_narrow_screen_leads_to_the_rooms(self, console):
+        page = console(width=320)
+        page.get_by_role("button", name="Menu").click()
+        page.get_by_role("dialog").get_by_role("link", name="Applications").click()
+        expect(page.get_by_role("dialog")).to_have_count(0)
+        expect(page.get_by_role("heading", name="Applications")).to_be_visible()
+
+    def test_nothing_is_asked_of_anybody_else(self, visit):
+        page = visit()
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        sign_in(page)
+        expect(page.get_by_role("heading", name="Home")).to_be_visible()
+        page.wait_for_load_state("networkidle")
+        assert asked and all(url.startswith((page.origin, "blob:")) for url in asked)
+        assert page.evaluate("localStorage.length + sessionStorage.length") == 0
+
+    def test_when_the_network_goes_it_is_said_and_gone_on_with(self, console):
+        page = console("#/applications")
+        page.context.set_offline(True)
+        page.get_by_role("link", name="page-01").click()
+        expect(page.get_by_text("The box does not answer since")).to_be_visible()
+        page.context.set_offline(False)
+        expect(page.get_by_role("heading", name="page-01")).to_be_visible(timeout=15000)
+        expect(page.get_by_text("The box does not answer since")).to_have_count(0)
+        page.troubles[:] = [said for said in page.troubles if "ERR_INTERNET_DISCONNECTED" not in said]
