@@ -2997,13 +2997,8 @@ def describe_token(idp: Idp, token: str) -> dict:
 
 def active_family(idp: Idp, sid: str) -> Family | None:
     """Return a login that is neither revoked nor expired and whose user and client are active; else None."""
-    family = idp.store.find_family(sid)
-    if (
-        family is None
-        or idp.store.is_family_revoked(sid)
-        or family.expires_at <= idp.now()
-        or family.created_ms <= idp.revoked_before
-    ):
+    family = idp.store.find_unrevoked_family(sid)
+    if family is None or family.expires_at <= idp.now() or family.created_ms <= idp.revoked_before:
         return None
     client = find_client(idp, family.client_id)
     if client is None or family.created_ms <= client.row.revoked_before:

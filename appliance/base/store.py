@@ -1786,6 +1786,10 @@ class Store(Database):
     def find_family(self, sid: str) -> Family | None:
         return self.one(Family, "SELECT * FROM family WHERE sid = :sid", sid=sid)
 
+    def find_unrevoked_family(self, sid: str) -> Family | None:
+        """Return a login that was not ended, neither by itself nor with all of its user at its client."""
+        return self.one(Family, f"SELECT * FROM family WHERE sid = :sid AND NOT {FAMILY_REVOKED}", sid=sid)
+
     def is_family_revoked(self, sid: str) -> bool:
         """Return whether a login is unknown or was ended, by itself or with all of its user at its client."""
         return not self.exists(f"SELECT 1 FROM family WHERE sid = :sid AND NOT {FAMILY_REVOKED}", sid=sid)
