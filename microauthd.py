@@ -2860,6 +2860,16 @@ def is_session_revoked(session: ListedSession) -> bool:
     )
 
 
+def is_refresh_token_revoked(row: ListedRefreshToken) -> bool:
+    """Return whether a refresh token was used, or revoked: by itself, with its login, or by an epoch."""
+    return (
+        row.revoked_at is not None
+        or row.rotated_at is not None
+        or bool(row.family_revoked)
+        or row.family_created_ms <= row.dead_before
+    )
+
+
 def get_session(idp: Idp, jti: str) -> ListedSession:
     jti = jti.strip().lower()
     session = idp.store.find_session(jti)
@@ -5395,15 +5405,9 @@ def session_object(session: ListedSession) -> SessionObject:
 
 
 def refresh_token_object(row: ListedRefreshToken) -> RefreshTokenObject:
-    is_revoked = (
-        row.revoked_at is not None
-        or row.rotated_at is not None
-        or bool(row.family_revoked)
-        or row.family_created_ms <= row.dead_before
-    )
     return RefreshTokenObject(
         row.id, row.user_id, row.username, row.session_id, row.client_id, iso(row.issued_at), iso(row.expires_at),
-        is_revoked, OPENID in row.scope.split(), row.client_id,
+        is_refresh_token_revoked(row), OPENID in row.scope.split(), row.client_id,
     )
 
 
