@@ -601,9 +601,9 @@ MIGRATIONS = (
         expires_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
     CREATE INDEX device_failure_user ON device_failure (user_id);
     """,
-    # Step 12. What is deleted and still has rows that belong to it, for upkeep to remove. The epoch of a user's logins at
-    # a client. Logins of a browser session are found without reading all logins
-    # of the user. Ending a login changes its own row alone, so no statement asks for sessions by their `sid`.
+    # Step 12. What is deleted and still has rows that belong to it, for upkeep to remove. The epoch of a user's logins
+    # at a client. Logins of a browser session are found without reading all logins of the user. Ending a login changes
+    # its own row alone, so no statement asks for sessions by their `sid`.
     """
     CREATE TABLE ended_login (
         user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE, client_id TEXT NOT NULL,
