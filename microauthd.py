@@ -3120,6 +3120,16 @@ def is_session_revoked(session: ListedSession) -> bool:
     )
 
 
+def is_refresh_token_revoked(row: ListedRefreshToken) -> bool:
+    """Return whether a refresh token was used, or revoked: by itself, with its login, or by an epoch."""
+    return (
+        row.revoked_at is not None
+        or row.rotated_at is not None
+        or bool(row.family_revoked)
+        or row.family_created_ms <= row.dead_before
+    )
+
+
 def get_session(idp: Idp, jti: str) -> ListedSession:
     jti = jti.strip().lower()
     session = idp.store.find_session(jti)
@@ -3235,13 +3245,8 @@ def purge_tokens(idp: Idp, caller: Caller, purge: PurgeTokens, kinds, pause=lamb
 
 def active_family(idp: Idp, sid: str) -> Family | None:
     """Return a login that is neither revoked nor expired and whose user and client are active; else None."""
-    family = idp.store.find_family(sid)
-    if (
-        family is None
-        or idp.store.is_family_revoked(sid)
-        or family.expires_at <= idp.now()
-        or family.created_ms <= idp.revoked_before
-    ):
+    family = idp.store.find_unrevoked_family(sid)
+    if family is None or family.expires_at <= idp.now() or family.created_ms <= idp.revoked_before:
         return None
     client = find_client(idp, family.client_id)
     if client is None or family.created_ms <= client.row.revoked_before:
@@ -6229,15 +6234,9 @@ def session_object(session: ListedSession, kind: type[SessionObject] = SessionOb
 
 
 def refresh_token_object(row: ListedRefreshToken) -> RefreshTokenObject:
-    is_revoked = (
-        row.revoked_at is not None
-        or row.rotated_at is not None
-        or bool(row.family_revoked)
-        or row.family_created_ms <= row.dead_before
-    )
     return RefreshTokenObject(
         row.id, row.user_id, row.username, row.session_id, row.client_id, iso(row.issued_at), iso(row.expires_at),
-        is_revoked, OPENID in row.scope.split(), row.client_id,
+        is_refresh_token_revoked(row), OPENID in row.scope.split(), row.client_id,
     )
 
 

@@ -943,6 +943,7 @@ class TestRevoking:
         "list_admin_logins": lambda store: store.list_admin_logins("u", "c", 1),
         "list_browser_sessions": lambda store: store.list_browser_sessions("u", 1),
         "is_family_revoked": lambda store: store.is_family_revoked("s"),
+        "find_unrevoked_family": lambda store: store.find_unrevoked_family("s"),
         "sessions of a user": lambda store: store.list_sessions(user_id="u", limit=1),
         "refresh tokens of a user": lambda store: store.list_refresh_tokens(user_id="u", limit=1),
         "delete_account": lambda store: store.delete_account("u"),

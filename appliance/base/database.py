@@ -433,6 +433,14 @@ class Database:
             self.path + ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
         )
 
+    def lock_octet(self, lock: int, octet: int) -> None:
+        """Lock an octet of the lock file. Other threads serve while this one has to wait for another process."""
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, octet)
+        except OSError:
+            with self.blocking():
+                fcntl.lockf(lock, fcntl.LOCK_EX, 1, octet)
+
     def acquire_process_lock(self) -> None:
         """Wait for the turn of this process to write. The caller holds the write lock.
 
@@ -441,17 +449,9 @@ class Database:
         """
         if (lock := self.process_write_lock) is None:
             return
+        self.lock_octet(lock, 1)
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 1)
-        except OSError:
-            with self.blocking():
-                fcntl.lockf(lock, fcntl.LOCK_EX, 1, 1)
-        try:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, 0)
-            except OSError:
-                with self.blocking():
-                    fcntl.lockf(lock, fcntl.LOCK_EX, 1, 0)
+            self.lock_octet(lock, 0)
         finally:
             fcntl.lockf(lock, fcntl.LOCK_UN, 1, 1)
 

@@ -700,9 +700,9 @@ MIGRATIONS = (
         expires_at INTEGER NOT NULL) STRICT, WITHOUT ROWID;
     CREATE INDEX device_failure_user ON device_failure (user_id);
     """,
-    # Step 12. What is deleted and still has rows that belong to it, for upkeep to remove. The epoch of a user's logins at
-    # a client. Logins of a browser session are found without reading all logins
-    # of the user. Ending a login changes its own row alone, so no statement asks for sessions by their `sid`.
+    # Step 12. What is deleted and still has rows that belong to it, for upkeep to remove. The epoch of a user's logins
+    # at a client. Logins of a browser session are found without reading all logins of the user. Ending a login changes
+    # its own row alone, so no statement asks for sessions by their `sid`.
     """
     CREATE TABLE ended_login (
         user_id TEXT NOT NULL REFERENCES account (id) ON DELETE CASCADE, client_id TEXT NOT NULL,
@@ -2078,6 +2078,10 @@ class Store(Database):
 
     def find_family(self, sid: str) -> Family | None:
         return self.one(Family, "SELECT * FROM family WHERE sid = :sid", sid=sid)
+
+    def find_unrevoked_family(self, sid: str) -> Family | None:
+        """Return a login that was not ended, neither by itself nor with all of its user at its client."""
+        return self.one(Family, f"SELECT * FROM family WHERE sid = :sid AND NOT {FAMILY_REVOKED}", sid=sid)
 
     def is_family_revoked(self, sid: str) -> bool:
         """Return whether a login is unknown or was ended, by itself or with all of its user at its client."""
