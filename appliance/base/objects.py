@@ -609,9 +609,9 @@ class ListNamed(msgspec.Struct):
 class ListRoleMatrix(ListNamed):
     """`with` names what is shown besides: permissions, user_count, or both, separated by a comma."""
 
-    more: Annotated[str, limited({"enum": ["", "permissions", "user_count", "permissions,user_count"]})] = msgspec.field(
-        default="", name="with"
-    )
+    more: Annotated[
+        str, limited({"enum": ["", "permissions", "user_count", "permissions,user_count"]})
+    ] = msgspec.field(default="", name="with")
 
 
 class ListClients(msgspec.Struct):
