@@ -4,6 +4,7 @@ import argparse
 import base64
 import concurrent.futures
 import contextlib
+import html
 import http.client
 import http.cookiejar
 import io
@@ -32,6 +33,7 @@ ARCHIVE = OUT / "microauthd.pyz"
 SECRET = "bench-secret-bench-secret-bench-secret"
 PASSWORD = "correct horse battery"
 FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+KEYCLOAK = "26.5.6"
 
 
 def free_port():
@@ -227,6 +229,16 @@ class Ours:
         }
 
 
+def wait_until_it_serves(peer, path, seconds=20):
+    end = time.time() + seconds
+    while time.time() < end:
+        with contextlib.suppress(OSError):
+            if call(peer.port, path)[0] == 200:
+                return
+        time.sleep(0.05)
+    sys.exit(f"{type(peer).__name__} does not start")
+
+
 class Peer:
     def __init__(self, folder, workers, alg):
         self.folder, self.workers, self.alg, self.port, self.auth = (
@@ -245,14 +257,7 @@ class Peer:
             [node, str(HERE / self.SCRIPT)], cwd=self.folder, env=environ, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        end = time.time() + 20
-        while time.time() < end:
-            try:
-                if call(self.port, "/.well-known/openid-configuration")[0] == 200:
-                    return
-            except OSError:
-                time.sleep(0.05)
-        sys.exit("the peer does not start")
+        wait_until_it_serves(self, "/.well-known/openid-configuration")
 
     def prepare(self):
         self.works = {
@@ -390,6 +395,96 @@ class DurablePeer(Peer):
         return call(self.port, f"/mint?n={count}")[1].decode().split("\n")
 
 
+class Dex(DurablePeer):
+    """Dex 2.13 (2018), the newest that Go's module mirror has, one process, its own SQLite store (rollback journal, synced)."""
+
+    def __init__(self, folder, database):
+        super().__init__(folder, database)
+        self.binary, self.web = folder / "dex", folder / "dex-web"
+
+    def start(self, **environ):
+        self.process = subprocess.Popen(
+            [self.binary],
+            env=os.environ | {
+                "PORT": str(self.port), "SECRET": SECRET, "DB": str(self.database), "WEB": str(self.web),
+            } | environ,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        wait_until_it_serves(self, "/.well-known/openid-configuration")
+
+    def mint(self, count):
+        return [self._log_in(number) for number in range(count)]
+
+    def _log_in(self, number):
+        """Log in at one of the connectors, each of which lets one user in. Return the refresh token.
+
+        Dex keeps one refresh token for a user and a client: 50 chains are 50 users.
+        """
+        origin, callback = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.port}/cb"
+        asked = {"client_id": "bench", "redirect_uri": callback, "response_type": "code", "scope": "openid offline_access"}
+        page = call(self.port, "/auth?" + urllib.parse.urlencode(asked))[1].decode()
+        path = html.unescape(re.search(f'href="([^"]*/auth/mock{number}[?][^"]*)"', page)[1])
+        while not path.startswith("/cb?"):
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+            connection.request("GET", path)
+            path = connection.getresponse().headers["Location"].removeprefix(origin)
+            connection.close()
+        [code] = urllib.parse.parse_qs(urllib.parse.urlsplit(path).query)["code"]
+        form = {"grant_type": "authorization_code", "code": code, "redirect_uri": callback}
+        return json.loads(call(self.port, "/token", urllib.parse.urlencode(form), Authorization=self.auth)[1])["refresh_token"]
+
+
+class Keycloak(DurablePeer):
+    """Keycloak with its own H2 file, one process, refresh tokens of one use."""
+
+    TOKEN_PATH = "/realms/bench/protocol/openid-connect/token"
+
+    def __init__(self, folder, data):
+        super().__init__(folder, data)
+        self.login = f"grant_type=password&username=ann&password={PASSWORD.replace(' ', '+')}"
+
+    def start(self, **environ):
+        own = {
+            "KC_BOOTSTRAP_ADMIN_USERNAME": "admin", "KC_BOOTSTRAP_ADMIN_PASSWORD": SECRET,
+            "KC_DB_URL_PATH": str(self.database), "KC_HTTP_PORT": str(self.port), "KC_HTTP_ENABLED": "true",
+            "KC_HTTP_HOST": "127.0.0.1", "KC_HOSTNAME_STRICT": "false",
+        }
+        self.process = subprocess.Popen(
+            [self.folder / f"keycloak-{KEYCLOAK}" / "bin" / "kc.sh", "start", "--optimized"], env=os.environ | own | environ,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )
+        wait_until_it_serves(self, "/realms/master/.well-known/openid-configuration", 600)
+        if call(self.port, "/realms/bench")[0] == 404:
+            self._make_realm()
+
+    def _make_realm(self):
+        form = f"grant_type=password&client_id=admin-cli&username=admin&password={SECRET}"
+        token = json.loads(call(self.port, "/realms/master/protocol/openid-connect/token", form)[1])["access_token"]
+        client = {
+            "clientId": "bench", "secret": SECRET, "directAccessGrantsEnabled": True, "standardFlowEnabled": False,
+            "attributes": {"access.token.signed.response.alg": "ES256", "id.token.signed.response.alg": "ES256"},
+        }
+        user = {
+            "username": "ann", "enabled": True, "email": "ann@example.org", "firstName": "Ann", "lastName": "Example",
+            "credentials": [{"type": "password", "value": PASSWORD, "temporary": False}],
+        }
+        realm = {
+            "realm": "bench", "enabled": True, "sslRequired": "none", "revokeRefreshToken": True,
+            "refreshTokenMaxReuse": 0, "accessTokenLifespan": 3600, "ssoSessionIdleTimeout": 86400,
+            "defaultSignatureAlgorithm": "ES256", "clients": [client], "users": [user],
+        }
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {token}"}
+        status, said = call(self.port, "/admin/realms", json.dumps(realm), **headers)
+        if status != 201:
+            sys.exit(f"Keycloak makes no realm: {status} {said.decode()}")
+
+    def mint(self, count):
+        return [
+            json.loads(call(self.port, self.TOKEN_PATH, self.login, Authorization=self.auth)[1])["refresh_token"]
+            for _ in range(count)
+        ]
+
+
 class DurableOurs(Ours):
     """A box whose client has every grant, with a user who is logged in at a browser."""
 
@@ -432,7 +527,11 @@ STORED = {
     "login": "the login, refresh token, access token's row, the account's last login, the audit row: synced",
     "code": "the code and its spending, then as for a login, two audit rows: synced",
 }
-PEER_STORED = "the spent token and its successor (JWT access tokens are not stored; no audit): synced"
+PEER_STORED = {
+    "oidc-provider": "the spent token and its successor (JWT access tokens are not stored; no audit): synced",
+    "Dex": "the one row of the login, its token renewed (JWT access tokens are not stored; no audit): synced",
+    "Keycloak": "the login's row, by a thread that writes later (JWT access tokens are not stored; no audit): not synced",
+}
 
 
 def run_durable(server, work, seconds, connections=50, pause=0):
@@ -509,6 +608,10 @@ def durable(asked):
     peers = OUT / "bench-peers"
     if not asked.no_peers and have_oidc_provider(peers):
         servers["oidc-provider, SQLite FULL", 1] = DurablePeer(peers, folder / "peer.db")
+    if asked.peers and have_dex(peers):
+        servers["Dex 2.13, SQLite", 1] = Dex(peers, folder / "dex.db")
+    if asked.peers and have_keycloak(peers):
+        servers[f"Keycloak {KEYCLOAK}, H2", 1] = Keycloak(peers, folder / "keycloak")
     disks = {"this disk": {}}
     if shutil.which("cc"):
         disks["20 ms a sync"] = slow_disk(folder)
@@ -536,7 +639,7 @@ def durable(asked):
     for (work, disk, who, workers), results in sorted(found.items(), key=lambda item: list(DURABLE_WORKS).index(item[0][0])):
         p50, p99 = (statistics.median(result[name] / 1000 for result in results) for name in ("p50", "p99"))
         each = [result["bytes"] / max(1, result["requests"]) / 1000 for result in results]
-        stored = STORED[work] if who == "microauthd" else PEER_STORED
+        stored = STORED[work] if who == "microauthd" else PEER_STORED[who.split()[0].rstrip(",")]
         lines.append(
             f"| {DURABLE_WORKS[work]} | {disk} | {who}, {workers} | {spread([rate_of(result) for result in results])} "
             f"| {p50:.1f}, {p99:.1f} | {spread(each, '{:.1f}')} | {stored} | {sum(result['bad'] for result in results)} |"
@@ -817,6 +920,42 @@ def have_oidc_provider(folder):
     return True
 
 
+def have_dex(folder):
+    """Build Dex with Go; its web folder comes with its module."""
+    if not shutil.which("go"):
+        return False
+    source = HERE / "dex"
+    subprocess.run(["go", "build", "-o", folder / "dex", "."], cwd=source, check=True)
+    found = subprocess.run(
+        ["go", "list", "-m", "-f", "{{.Dir}}", "github.com/dexidp/dex"], cwd=source, check=True, capture_output=True,
+        text=True,
+    )
+    (folder / "dex-web").unlink(missing_ok=True)
+    (folder / "dex-web").symlink_to(Path(found.stdout.strip()) / "web")
+    return True
+
+
+def have_keycloak(folder):
+    """Have Maven fetch Keycloak's distribution."""
+    if not (shutil.which("mvn") and shutil.which("java")):
+        return False
+    if not (folder / f"keycloak-{KEYCLOAK}").exists():
+        subprocess.run(
+            [
+                "mvn", "-q", "-B", "org.apache.maven.plugins:maven-dependency-plugin:3.6.1:copy",
+                f"-Dartifact=org.keycloak:keycloak-quarkus-dist:{KEYCLOAK}:zip", f"-DoutputDirectory={folder}",
+            ],
+            check=True, stdout=sys.stderr,
+        )
+        archive = folder / f"keycloak-quarkus-dist-{KEYCLOAK}.zip"
+        shutil.unpack_archive(archive, folder)
+        archive.unlink()
+        program = folder / f"keycloak-{KEYCLOAK}" / "bin" / "kc.sh"
+        program.chmod(0o755)
+        subprocess.run([program, "build", "--db=dev-file", "--cache=local"], check=True, stdout=sys.stderr)
+    return True
+
+
 def have_glewlwyd():
     return all(map(shutil.which, ("glewlwyd", "sqlite3", "openssl"))) and Glewlwyd.SCHEMA.exists()
 
@@ -859,6 +998,7 @@ def main():
     parser.add_argument("--seconds", type=int, default=8)
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--peers", action="store_true", help="with --durable: Dex and Keycloak too, which Go and Maven fetch")
     parser.add_argument("--no-grown", action="store_true", help="leave out the box with a million sessions")
     parser.add_argument(
         "--idle", type=int, metavar="SECONDS", help="only watch what an idle box writes; an hour or more tells"
