@@ -152,6 +152,24 @@ class TestPage:
         status, _, body = Page(waiting)("POST", fields={"code": "0123-45ab-cdef"})
         assert status == 200 and 'value="box.lan"' in body and 'name="passphrase"' in body
 
+    def test_each_field_says_what_a_browser_may_fill_in_and_nothing_of_what_came_is_markup(self, waiting):
+        """HTML, autofill: only a password manager's names are given, and a new password is not an old one."""
+        came = GOOD | {"code": "0123-45AB-CDEF", "name": '"><b autofocus>', "username": "{{!name}}"}
+        body = Page(waiting)("POST", fields=came)[2]
+        inputs = re.findall(r'<input id="(\w+)" name="(\w+)" type="(\w+)" value="([^"]*)"([^<>]*)>', body)
+        found = {
+            name: (kind, re.findall('autocomplete="([^"]*)"', more), " required" in more, " autofocus" in more)
+            for identifier, name, kind, _, more in inputs if identifier == name
+        }  # fmt: skip
+        new = ("password", ["new-password"], True, False)
+        optional = ("text", ["off"], False, False)
+        assert found == {
+            "name": ("text", ["on"], True, True), "username": ("text", ["username"], True, False),
+            "email": ("email", ["email"], True, False), "password": new, "again": new, "passphrase": optional,
+            "client_id": optional, "audience": optional, "scopes": optional,
+        }  # fmt: skip
+        assert 'value="&quot;&gt;&lt;b autofocus&gt;"' in body and 'value="{{!name}}"' in body
+
     @pytest.mark.parametrize(
         "wrong, field, sentence",
         [
