@@ -37,9 +37,9 @@ from appliance.commands import CommandLine, main, run_setup
 PASSWORD = "correct horse"
 PHRASE = "a long phrase"
 PROGRAM = [sys.executable, str(ROOT / "microauthd.py")]
-LOCALE = ("LANG", "LC_ALL", "LC_CTYPE", "NO_COLOR", "TERM")
+TERMINAL = ("LANG", "LC_ALL", "LC_CTYPE", "NO_COLOR", "TERM", "LINES", "COLUMNS")  # that of whoever runs the tests
 ENVIRON = (
-    {name: value for name, value in os.environ.items() if not name.startswith("MAD_") and name not in LOCALE}
+    {name: value for name, value in os.environ.items() if not name.startswith("MAD_") and name not in TERMINAL}
     | CHEAP
     | {"PYTHONDONTWRITEBYTECODE": "1"}
 )
@@ -359,20 +359,25 @@ class TestWizard:
         assert console.end() == 0
         assert re.findall(r"database passphrase  (\S{32})\r", console.text) == [log_in(tmp_path)[0].db_pass]
 
-    def test_a_code_that_does_not_fit_the_screen_is_offered_as_a_file(self, tmp_path):
+    @pytest.mark.parametrize("file", ["mad.svg", ""])
+    def test_a_code_that_does_not_fit_the_screen_is_offered_as_a_file(self, tmp_path, file):
+        (tmp_path / "taken.svg").write_text("another's")
         console = Console(tmp_path, "--quick", term="dumb")
-        console.answers((*DATABASE, ITSELF, *ADMINISTRATOR[:-1], ("second factor", "y")))
-        console.child.expect_exact("into an SVG file")
-        seed = re.sub(r"\s", "", re.search(r"into the authenticator:\s+([A-Z2-7 ]{39})", console.text)[1])
-        console.child.send("mad.svg\r")
+        console.answers((
+            *DATABASE, ITSELF, *ADMINISTRATOR[:-1], ("second factor", "y"), ("into an SVG file", "taken.svg"),
+            ("is there already", file),
+        ))  # fmt: skip
         console.child.expect_exact("The code it shows?")
-        assert stat.S_IMODE((tmp_path / "mad.svg").stat().st_mode) == 0o600
+        seed = re.sub(r"\s", "", re.search(r"into the authenticator:\s+([A-Z2-7 ]{39})", console.text)[1])
         drawn = io.BytesIO()
         segno.make(m.totp_uri(seed, "admin", "localhost"), error="q").save(drawn, kind="svg", scale=5, xmldecl=True)
-        assert (tmp_path / "mad.svg").read_bytes() == drawn.getvalue()
+        written = {path.name: (stat.S_IMODE(path.stat().st_mode), path.read_bytes()) for path in tmp_path.glob("mad.svg")}
+        assert written == ({file: (0o600, drawn.getvalue())} if file else {})
         console.child.send(pyotp.TOTP(seed).now() + "\r")
         console.answers((*CLIENT, ("Set it up?", "")))
-        assert console.end() == 0 and left(tmp_path) == WHOLE
+        assert console.end() == 0 and left(tmp_path) == WHOLE | {"taken.svg"}
+        assert (tmp_path / "taken.svg").read_text() == "another's"
+        assert log_in(tmp_path, totp=pyotp.TOTP(seed).at(int(time.time()) + 30))[1].username == "admin"
 
     @pytest.mark.parametrize("term", ["dumb", "vt100"])
     def test_a_box_for_the_network_has_a_name_and_makes_its_certificate(self, tmp_path, term):
