@@ -276,10 +276,10 @@ class AddUri(msgspec.Struct):
 
 
 class TryUri(msgspec.Struct):
-    """POST /clients/{id}/uris/check."""
+    """POST /clients/{id}/uris/check. `uri` has no limits: the answer says what is wrong with one that is too long."""
 
     kind: Annotated[str, limited({"enum": ["redirect", "post_logout", "cors_origin"]})]
-    uri: Uri
+    uri: str
 
 
 class PreviewTokens(msgspec.Struct):
