@@ -26,6 +26,8 @@ from schemathesis.specs.openapi.checks import (
     content_type_conformance, negative_data_rejection, response_headers_conformance, response_schema_conformance,
     status_code_conformance,
 )
+from appliance.base.files import write_durably
+from appliance.base.keys import Key, write_ring
 from appliance.base.settings import Options
 from appliance.base.store import SEEDED_SCOPES
 from appliance.base.objects import CreatePermission, CreateRole, PutIdp
@@ -59,12 +61,13 @@ def options(tmp_path):
     return Options(
         **CHEAP, backup_folder="", enable_token_refresh=True, enable_auth_swagger=True, enable_admin_swagger=True,
         serve_public_auth_files=True, admin_domain="localhost", oidc_issuer="http://localhost",
-        totp_qr_output_root=str(tmp_path),
+        totp_qr_output_root=str(tmp_path), token_signing_key_file=str(tmp_path / "token.pem"),
+        admin_token_signing_key_file=str(tmp_path / "admin_token.pem"),
     )
 
 
 @pytest.fixture
-def world(idp, make_idp, options, service, alice, root, public, tmp_path):
+def world(idp, make_idp, options, rings, service, alice, root, public, tmp_path, monkeypatch):
     """Something of everything, so that not every identifier is unknown. Call it for a copy: what one operation ends, the next has again."""
     m.create_role(idp, m.LOCAL.acting_as("test"), CreateRole("ops"))
     m.create_permission(idp, m.LOCAL.acting_as("test"), CreatePermission("door.open"))
@@ -73,11 +76,15 @@ def world(idp, make_idp, options, service, alice, root, public, tmp_path):
     m.assign_scopes(idp, m.LOCAL.acting_as("test"), m.find_client(idp, "service"), [name for _, name, _ in SEEDED_SCOPES])
     idp.store.close()
     filled, copies = (tmp_path / "mad.db3").read_bytes(), itertools.count()
+    monkeypatch.setitem(KNOWN, "kid", [Key(entry).kid for ring in rings for entry in ring])
 
     def call():
         path = tmp_path / f"{next(copies)}.db3"
         path.write_bytes(filled)
+        for file, ring in zip((options.token_signing_key_file, options.admin_token_signing_key_file), rings, strict=True):
+            write_durably(file, write_ring(ring, ""))
         idp = make_idp(options, path)
+        idp.ring_versions = {port: (b"", None) for port in ("auth", "admin")}  # as a server: reload what changed
         return {"auth": m.App(idp, m.AUTH), "admin": m.App(idp, m.ADMIN)}
 
     call.service = service
