@@ -92,6 +92,7 @@ MAX_BODY_BYTES = 16 * 1024 * 1024
 MAX_SECRET_BYTES = 64 * 1024      # the longest file or input line with a secret
 PAGE_SIZE = 1000                  # the most rows that the server returns in one response
 EXPORT_PAGE_SIZE = 5000           # rows of an export per request, about 3 MB
+MAX_REQUEST_ID = 64               # characters of a request id that are shown; those of the server have 16
 CACHE_MARGIN = 30                 # seconds a cached token must still be valid, so that it outlives its request
 
 
@@ -103,14 +104,15 @@ class MadError(Exception):
 
     `status` is the HTTP status, or 0 without a response. `error` is the machine-readable code (`http_<status>` when
     the server names none), `message` a sentence, `errors` maps each bad member to a sentence, `hint` may be empty.
-    `retry_after` is the number of seconds from Retry-After, or 0.
+    `retry_after` is the number of seconds from Retry-After, or 0. `request_id` is the X-Request-Id of the response, by
+    which the server's log and audit log name the request; "" without one.
     """
 
     def __init__(self, status: int, error: str, message: str, errors: dict | None = None, hint: str = "",
-                 retry_after: int = 0):
+                 retry_after: int = 0, request_id: str = ""):
         super().__init__(status, error, message)
         self.status, self.error, self.message, self.errors, self.hint = status, error, message, errors or {}, hint
-        self.retry_after = retry_after
+        self.retry_after, self.request_id = retry_after, request_id
 
     def __str__(self) -> str:
         return self.message
@@ -664,13 +666,18 @@ class ApiClient:
             raise BadValue("a header has characters no header has")
         status, received, octets = exchange(url, method, url.base + target, all_headers, body, self.timeout,
                                             self.ca_file, self.sockets, self.box)
-        if 300 <= status < 400:
-            raise Unreachable(status, "bad_answer", f"{url.text} redirects elsewhere, which is not followed",
-                              hint="give the address it leads to, if you trust it")
-        if status == 404 and received.get("x-not-found") == "route":
-            raise NoRoute(404, "not_found", f"this server has no {method} {path}",
-                          hint="is it older than this mad, or is the feature switched off there?")
-        return Response(status, received, _decode_response(status, received, octets, expected, with_token))
+        try:
+            if 300 <= status < 400:
+                raise Unreachable(status, "bad_answer", f"{url.text} redirects elsewhere, which is not followed",
+                                  hint="give the address it leads to, if you trust it")
+            if status == 404 and received.get("x-not-found") == "route":
+                raise NoRoute(404, "not_found", f"this server has no {method} {path}",
+                              hint="is it older than this mad, or is the feature switched off there?")
+            value = _decode_response(status, received, octets, expected, with_token)
+        except MadError as problem:
+            problem.request_id = received.get("x-request-id", "")[:MAX_REQUEST_ID]
+            raise
+        return Response(status, received, value)
 
     def request(self, method: str, path: str, **arguments):
         """Send a request as `send` does and return only the value of its JSON."""
@@ -2567,13 +2574,18 @@ def to_ndjson(rows: list[dict]) -> list[str]:
     return [to_json(row) for row in rows]
 
 
-def print_message(kind: str, text: str) -> None:
-    """Print a message to stderr, in lower case and without a full stop even if the server wrote it."""
+def print_message(kind: str, text: str, request_id: str = "") -> None:
+    """Print a message to stderr, in lower case and without a full stop even if the server wrote it.
+
+    `request_id` is that of the response it tells of, or "".
+    """
     text = printable(text)
     if len(text) > 1 and text[0].isupper() and not text[1].isupper():
         text = text[0].lower() + text[1:]
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1]
+    if request_id:
+        text += f" (request {printable(request_id)})"
     try:
         print(f"mad: {kind}: {text}", file=sys.stderr)
     except OSError:
@@ -2985,7 +2997,7 @@ class Context:
             if option.allow_unknown:
                 return value
             raise MadError(404, problem.error, f"there is no {option.collection[:-1]} '{value}'",
-                           hint=f"see: mad {option.collection[:-1]} list") from None
+                           hint=f"see: mad {option.collection[:-1]} list", request_id=problem.request_id) from None
 
     def resolve_child_id(self, client: MadClient, option: Option, value: str, parent_id: str | None) -> str:
         """Return `value` if it is an id, otherwise the id of the child of `parent_id` that `value` names."""
@@ -3082,7 +3094,8 @@ def session_logout(context: Context) -> dict:
         # 404 and 405: the server has no such route. 401: the token was invalid already.
         if not (isinstance(problem, MadError) and problem.status in (401, 404, 405)):
             print_message("warning",
-                          f"the server could not be told, so the token stays good until it expires: {problem}")
+                          f"the server could not be told, so the token stays good until it expires: {problem}",
+                          problem.request_id if isinstance(problem, MadError) else "")
     return {"success": True, "message": "logged out"}
 
 
@@ -3252,7 +3265,7 @@ def backup(context: Context, client: MadClient, file: str, force: bool = False, 
             try:
                 client.delete_backup(str(created.get("name")))
             except MadError as problem:
-                print_message("warning", f"the server keeps its copy: {problem.message}")
+                print_message("warning", f"the server keeps its copy: {problem.message}", problem.request_id)
     return created
 
 
@@ -3295,7 +3308,7 @@ def audit_tail(context: Context, client: MadClient, lines: int = 10, interval: i
             if not is_unreachable and problem.status not in (429, 500, 503):
                 raise
             if not is_down:
-                print_message("warning", str(problem).rstrip(".") + "; trying again")
+                print_message("warning", str(problem).rstrip(".") + "; trying again", problem.request_id)
             is_down, pause = True, max(interval, min(problem.retry_after, 60))
             continue
         if is_down:
@@ -4074,14 +4087,14 @@ def print_result(command: Command, context: Context, result) -> int:
 
 
 def _report_error(as_json: bool, exit_status: int, error: str, messages, errors: dict | None = None,
-                  hint: str = "") -> int:
+                  hint: str = "", request_id: str = "") -> int:
     if as_json:
         body = {"success": False, "message": "; ".join(messages), "error": error}
         if errors:
             body["errors"] = errors
         print(to_json(body))
     for message in messages:
-        print_message("error", message)
+        print_message("error", message, request_id)
     for name, text in (errors or {}).items():
         print_message("error", f"{name}: {text}")
     if hint:
@@ -4109,7 +4122,8 @@ def parse_and_run(command: Command, args: list[str]) -> int:
         hint = problem.hint
         if not hint and status == EXIT_LOGIN and command.call not in (session_login, token_get):
             hint = "log in with: mad session login"
-        return _report_error(context.json, status, problem.error, [problem.message], problem.errors, hint)
+        return _report_error(context.json, status, problem.error, [problem.message], problem.errors, hint,
+                             problem.request_id)
     except BadValue as problem:
         return _report_error(context.json, EXIT_USAGE, "usage", [str(problem)])
     except UnicodeEncodeError:

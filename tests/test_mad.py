@@ -572,6 +572,53 @@ class TestErrors:
             client.create_user("ann", "a@b", "correct horse")
         assert (caught.value.status, caught.value.error) == (409, "conflict")
 
+    IDED = {"X-Request-Id": "5d1f33c200000007"}
+    AMONG = f"/users/{USER['id']}"
+
+    @pytest.mark.parametrize(
+        "answer, told",
+        [
+            ((409, {"success": False, "message": "The name is taken.", "error": "conflict"}, IDED), "the name is taken"),
+            ((401, {"success": False, "message": "Log in.", "error": "invalid_token"}, IDED), "log in"),
+            ((403, "not an object", IDED), "the server answers 403"),
+            ((502, "not an object", IDED), "a gateway answers that the server cannot be reached (502)"),
+            ((404, {}, IDED | {"X-Not-Found": "route"}), f"this server has no GET {AMONG}"),
+            ((302, {}, IDED), "redirects elsewhere, which is not followed"),
+            ((200, {"success": False, "message": "No."}, IDED), "no"),
+            ((200, "not an object", IDED), "the answer is not the JSON it should be"),
+        ],
+    )
+    def test_the_line_of_an_error_ends_with_the_id_by_which_the_servers_log_names_the_request(
+        self, here, fake, answer, told
+    ):
+        lines = {}
+        for with_id in (True, False):
+            fake.answers["GET " + self.AMONG] = answer if with_id else (
+                *answer[:2], {name: value for name, value in answer[2].items() if name != "X-Request-Id"}
+            )
+            done = here("user", "get", "--id", USER["id"], "--json", MAD_ADMIN_URL=fake.url)
+            assert done.returncode != 0
+            lines[with_id] = (done.stderr.splitlines()[0], done.stderr.splitlines()[1:], done.stdout)
+        assert lines[True] == (lines[False][0] + " (request 5d1f33c200000007)", *lines[False][1:]), "and no other line"
+        assert lines[False][0].endswith(told)
+
+    def test_a_name_that_nobody_has_is_told_with_the_request_that_looked_for_it(self, here, fake):
+        missing = {"success": False, "message": "There is no such thing here.", "error": "not_found"}
+        fake.answer = lambda *_: (404, missing, self.IDED)
+        done = here("user", "get", "--id", "nobody", MAD_ADMIN_URL=fake.url)
+        assert done.stderr.splitlines()[0] == "mad: error: there is no user 'nobody' (request 5d1f33c200000007)"
+
+    def test_an_id_cannot_drive_a_terminal_and_has_an_end(self, here, fake):
+        fake.answers["GET " + self.AMONG] = (409, {"message": "No."}, {"X-Request-Id": "\x1b[2J" + "9" * 5000})
+        done = here("user", "get", "--id", USER["id"], MAD_ADMIN_URL=fake.url)
+        assert done.stderr == f"mad: error: no (request \\x1b[2J{'9' * 60})\n"
+
+    def test_the_python_bindings_have_the_id_beside_the_message(self, fake):
+        fake.answers["POST /users"] = (409, {"message": "The name is taken.", "error": "conflict"}, self.IDED)
+        with pytest.raises(mad.MadError) as caught:
+            mad.MadClient(fake.url, TOKEN).create_user("ann", "a@b", "correct horse")
+        assert (str(caught.value), caught.value.request_id) == ("The name is taken.", "5d1f33c200000007")
+
 
 class TestPages:
     """RFC 8288 §3: a list is followed by its rel="next"."""
