@@ -5364,10 +5364,11 @@ def if_match(idp, params, show):
         yield
 
 
-def paged_reply(params, rows, total) -> Reply:
+def paged_reply(params, rows, total, last="") -> Reply:
     """Return a page of a list, with the total in X-Total-Count, and in Link the pages around it. RFC 8288 §3.
 
-    Long lists are not counted to their end: X-Total-Count-Relation says that the total is a lower bound.
+    Long lists are not counted to their end: X-Total-Count-Relation says that the total is a lower bound. `last` says
+    where the page ends, if the id of its last row does not.
     """
     headers, query = [("X-Total-Count", str(total))], params.query
     if isinstance(total, AtLeast):
@@ -5376,11 +5377,13 @@ def paged_reply(params, rows, total) -> Reply:
     kept.append(("limit", query.limit))
     # A page that begins behind an id costs the same however deep it lies. Rows that are sorted by another member have
     # offsets, and so has a caller who began with one.
-    is_by_id = isinstance(query, PagedById) or (isinstance(query, ListSessions) and query.sort in ("id", "-id"))
+    is_by_id = isinstance(query, (PagedById, ListBrowserSessions)) or (
+        isinstance(query, ListSessions) and query.sort in ("id", "-id")
+    )
     by_id = is_by_id and not query.offset
     targets: dict[str, tuple] = {}
     if by_id and len(rows) == query.limit and (query.after is not None or len(rows) < total):
-        targets["next"] = (("after", rows[-1].id),)
+        targets["next"] = (("after", last or rows[-1].id),)
     elif not by_id and rows and query.offset + len(rows) < total:
         targets["next"] = (("offset", query.offset + len(rows)),)
     if query.offset:
@@ -8716,9 +8719,12 @@ def admin_list_sessions_of_user(idp, claims, params):
 def admin_list_browser_sessions(idp, claims, params):
     """List the users who are logged in at a browser, the last used one first, a page at a time."""
     query = params.query
+    reject(after="takes the place of offset" if query.after is not None and query.offset else "")
     user_id = get_user(idp, query.user_id).id if query.user_id else None
+    seen, _, id_sha256 = (query.after or "").partition("-")
     rows, total = idp.store.list_all_browser_sessions(
-        idp.now(), idp.options.session_idle_expiration, user_id, query.ip_address, query.limit, query.offset
+        idp.now(), idp.options.session_idle_expiration, user_id, query.ip_address, query.limit, query.offset,
+        (int(seen), id_sha256) if query.after is not None else None,
     )
     shown = [
         BrowserSessionObject(
@@ -8727,7 +8733,7 @@ def admin_list_browser_sessions(idp, claims, params):
         )
         for row in rows
     ]
-    return paged_reply(params, shown, total)
+    return paged_reply(params, shown, total, f"{rows[-1].last_seen_at}-{rows[-1].id_sha256}" if rows else "")
 
 
 @ADMIN("DELETE", "/browser-sessions/<id>", guard=by_admin, spec=OWN, gives=Msg)

@@ -372,6 +372,34 @@ class TestWhoIsIn:
         call("POST", "/users/alice/revoke")
         assert by("") == []
 
+    def test_browsers_are_read_page_by_page_behind_the_last_row_though_others_are_used_meanwhile(
+        self, idp, call, alice, new_user, clock
+    ):
+        new_user("bob")
+        for number in range(7):  # two at a time are used in the same second
+            m.begin_browser_session(
+                idp, m.LOCAL, m.get_user(idp, "bob" if number == 3 else "alice"), ["pwd"], idp.now() - 20, None
+            )
+            idp.store.run("UPDATE browser_session SET last_seen_at = :seen WHERE last_seen_at > :seen",
+                          seen=idp.now() - 100 + number // 2) if number else None
+        expected = [row["id"] for row in call("GET", "/browser-sessions").json]
+        idp.store.run("UPDATE account SET is_active = 0 WHERE username = 'bob'")  # whose row no page has to make up for
+        expected = [id for id in expected if idp.store.find_browser_session(id).user_id == alice.id]
+        path, found = "/browser-sessions?limit=2", []
+        while path:
+            page = call("GET", path)
+            found += [row["id"] for row in page.json]
+            assert page.headers["x-total-count"] == "6"
+            following = re.search(r'<([^>]*)>; rel="next"', page.headers.get("link", ""))
+            path = following and "/browser-sessions" + following[1]
+            if path:
+                assert "after=" in path and "offset" not in path
+                idp.store.touch_browser_session(found[0], idp.now())  # moves to the front, which is behind us
+        assert found == expected
+        for wrong in ("after=5", "after=-x", "after=x-y"):
+            assert list(errors_of(call("GET", f"/browser-sessions?{wrong}"))) == ["after"]
+        assert list(errors_of(call("GET", "/browser-sessions?after=5-x&offset=1"))) == ["after"]
+
     def test_a_browser_that_was_not_used_for_long_is_not_listed(self, idp, call, alice, clock):
         m.begin_browser_session(idp, m.LOCAL, alice.account, ["pwd"], idp.now() - 1, None)
         idp.store.run("UPDATE browser_session SET last_seen_at = last_seen_at - :idle",

@@ -245,6 +245,18 @@ class TestSchema:
         _, console = m.begin_console(idp, m.LOCAL, idp.store.find_account(root.id), ["pwd"], None)
         assert idp.store.list_admin_sessions(root.id, idp.now(), 60) == [console]
 
+    def test_users_of_before_are_found_by_the_indexes_of_their_lists(self, idp, root, monkeypatch):
+        number = next(number for number, step in enumerate(MIGRATIONS) if "INDEX account_list" in step)
+        monkeypatch.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[: number + 1])
+        for index in ("account_list", "account_totp", "account_locked"):
+            idp.store.run(f"DROP INDEX {index}")
+        idp.store.run(f"PRAGMA user_version = {number}")
+        idp.store.run("UPDATE account SET totp_sealed = 's', lockout_until = 9 WHERE id = :id", id=root.id)
+        idp.store.migrate()
+        for filters in ({"locked": True, "now": 8}, {"totp": True}, {"is_admin": True}, {"q": root.username}):
+            assert [row.id for row in idp.store.list_accounts(**filters)[0]] == [root.id]
+        assert idp.store.list_accounts(locked=True, now=9)[0] == []
+
     def test_a_step_that_fails_leaves_nothing(self, idp, monkeypatch):
         monkeypatch.setattr("appliance.base.store.MIGRATIONS", (*MIGRATIONS, "CREATE TABLE new_one (x TEXT) STRICT;\n CREATE TABLE account (x TEXT);\n")
         )
@@ -541,6 +553,51 @@ class TestLists:
                     RefreshToken(jti, m.sha256(jti), "s", alice.id, "service", jti, now, now + 60, None, None)
                 )
         return store
+
+    @pytest.mark.parametrize("dense", [0, 2000])
+    def test_the_holders_of_a_role_are_the_same_whether_they_are_many_or_few(self, idp, alice, new_user, monkeypatch, dense):
+        monkeypatch.setattr("appliance.base.store.DENSE", dense)
+        store, now = idp.store, idp.now()
+        new_user("bob"), new_user("carl")
+        bob = store.find_account_by_name("bob")
+        store.insert(Role("r", "r", "", 0, 1, now, now, 0))
+        for id in (bob.id, alice.id):
+            store.run("INSERT INTO user_role VALUES (:id, 'r', 1)", id=id)
+            store.run("INSERT INTO user_role VALUES (:id, :admin, 1)", id=id, admin=MAD_ADMIN_ROLE_ID)
+        names = lambda **filters: [row.username for row in store.list_accounts(**filters)[0]]  # noqa: E731
+        assert names(role_id="r") == ["alice", "bob"] and names(role_id="r", sort="-username") == ["bob", "alice"]
+        assert names(role_id="r", is_admin=True, q="bo") == ["bob"] and names(role_id="r", limit=1, offset=1) == ["bob"]
+        assert names(is_admin=False) == ["carl"] and names(role_id="none") == [] == names(scope_id="none")
+
+    @pytest.mark.parametrize("sql", [
+        "SELECT id, username, email, is_active FROM account WHERE is_active = 1 ORDER BY username LIMIT 50 OFFSET 5000",
+        "SELECT id, username FROM account WHERE username LIKE '%x%' OR email LIKE '%x%' ORDER BY username LIMIT 50",
+    ])  # fmt: skip
+    def test_a_page_and_a_search_of_users_read_no_rows_of_users(self, idp, sql):
+        plan = [row[3] for row in idp.store.connection.execute("EXPLAIN QUERY PLAN " + sql)]
+        assert plan == ["SCAN account USING COVERING INDEX account_list"]
+
+    def test_the_statement_of_a_page_is_one_that_the_index_covers(self, idp, alice):
+        said = []
+        idp.store.connection.set_trace_callback(said.append)
+        idp.store.list_accounts(limit=1, offset=2000)
+        idp.store.list_accounts(q="ali", limit=1)
+        idp.store.connection.set_trace_callback(None)
+        for sql in said:
+            plan = " ".join(row[3] for row in idp.store.connection.execute("EXPLAIN QUERY PLAN " + sql))
+            assert "COVERING INDEX account_list" in plan and "SCAN account USING INDEX" not in plan
+
+    def test_a_crowded_address_has_the_same_sessions(self, long, monkeypatch):
+        monkeypatch.setattr("appliance.base.store.DENSE", 0)
+        long.run("UPDATE family SET ip_address = '192.0.2.1'")
+        assert len(long.list_sessions(ip_address="192.0.2.1")[0]) == 30
+        assert long.list_sessions(ip_address="192.0.2.2")[0] == []
+
+    def test_living_sessions_are_counted_less_far(self, idp, long, monkeypatch):
+        monkeypatch.setattr("appliance.base.store.COUNT_LIVING_MAX", 10)
+        for living, counted in ((True, 11), (False, 21)):
+            total = long.list_sessions(limit=5, living=living, now=idp.now())[1]
+            assert (total, isinstance(total, AtLeast)) == (counted, True)
 
     @pytest.mark.parametrize("listing", ["list_sessions", "list_refresh_tokens"])
     @pytest.mark.parametrize(

@@ -659,8 +659,11 @@ class ListSessions(msgspec.Struct):
 
 
 class ListBrowserSessions(msgspec.Struct):
+    """`after` is that of the `next` in Link, in place of `offset`: when the last row was used, and its id."""
+
     user_id: str | None = None
     ip_address: str | None = None
+    after: Annotated[str, msgspec.Meta(pattern="^[0-9]{1,15}-.{1,64}$")] | None = None
     limit: Limit = 1000
     offset: Offset = 0
 

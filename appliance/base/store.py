@@ -43,6 +43,8 @@ SLICE = 500  # rows that a purge deletes in one transaction: more would keep oth
 SCATTERED = 25  # the same for rows whose index entries are scattered: each of them costs pages of its own
 USE_SECONDS = 60  # how exactly it is recorded when a client got a token
 COUNT_MAX = 10_000  # rows of a list that are counted: a total beyond is a lower bound
+COUNT_LIVING_MAX = 500  # the same where each row that is counted costs pages of other tables: whether it is alive
+DENSE = 2000  # holders of a role or scope from which on they are looked for in the order of the list
 SUCCESS, FAILURE = "success", "failure"  # the results an audit row may tell of
 
 
@@ -745,6 +747,13 @@ MIGRATIONS = (
     ) STRICT, WITHOUT ROWID;
     CREATE INDEX admin_session_user ON admin_session (user_id);
     """,
+    # Step 16. Lists of users, found and sorted without their rows. No login changes a column of these indexes, but one
+    # that is locked out.
+    """
+    CREATE INDEX account_list ON account (username, is_active, email, created_at, id);
+    CREATE INDEX account_totp ON account (username, is_active, email, created_at, id) WHERE totp_sealed <> '';
+    CREATE INDEX account_locked ON account (id) WHERE lockout_until > 0 OR totp_locked_until > 0;
+    """,
 )
 
 # The tables whose rows go with a user, client, scope or role: the column that names it, and the primary key. What refers to
@@ -775,7 +784,7 @@ BACKUP_SCHEMA = "CREATE TABLE backup (name TEXT PRIMARY KEY, content BLOB NOT NU
 
 
 class AtLeast(int):
-    """The total of a list that is longer than COUNT_MAX: so many rows there are, and perhaps more."""
+    """The total of a list that is longer than what is counted of it: so many rows there are, and perhaps more."""
 
 
 def lockout_seconds(lockout: int, earlier: int, most: int = LOCKOUT_MAX) -> int:
@@ -835,6 +844,9 @@ LISTED_SESSIONS = f"""
 # Whether an access token is alive, as is_session_revoked() says of a listed one. An id begins with its milliseconds.
 SESSION_IS_ALIVE = f"""
     session.expires_at > :now AND session.revoked_at IS NULL
+    -- Implied by the maximum below: but as a range of ids it is not even read what an end of everything left behind.
+    AND session.id > printf('%012x',
+        coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'revoked_before'), 0))
     AND substr(session.id, 1, 12) > printf('%012x', max(
         coalesce((SELECT revoked_before FROM account WHERE account.id = session.user_id), 0),
         CASE WHEN mad_use = 'admin' THEN 0
@@ -866,6 +878,20 @@ LISTED_REFRESH_TOKENS = f"""
       LEFT JOIN client ON client.client_id = refresh_token.client_id
 """
 # The rows of client_credentials tokens have these values in common, so they need not be queued with each.
+# The same as `ip_address`, for one from which very many logged in: read in the order of ids until a page is full.
+OF_CROWDED_ADDRESS = """
+    EXISTS (SELECT 1 FROM family WHERE family.sid = session.sid AND family.ip_address = :ip_address
+               AND family.ip_address <> '')
+"""
+# Who has a role or scope, by the name of the parameter. Of few, their users are read; of many, the list is read in its
+# order, and each user looked for among them.
+HOLDERS = {
+    "role_id": "SELECT user_id FROM user_role WHERE role_id = :role_id",
+    "scope_id": "SELECT user_id FROM user_scope WHERE scope_id = :scope_id",
+    "admin": "SELECT user_id FROM user_role WHERE role_id = :admin",
+}
+HELD_BY_FEW = {name: f"account.id IN ({holders})" for name, holders in HOLDERS.items()}
+HELD_BY_MANY = {name: f"EXISTS ({holders} AND user_id = account.id)" for name, holders in HOLDERS.items()}
 MACHINE_SESSION_INSERT = """
     INSERT INTO session (id, client_id, scope, token_use, mad_use, login_method, issued_at, expires_at)
     VALUES (?, ?, ?, 'access', 'auth', 'client_credentials', ?, ?)
@@ -1117,27 +1143,35 @@ class Store(Database):
 
     # -- pages of a list --
 
-    def count(self, sql: str, **parameters: object) -> int:
-        """Return how many rows a SELECT finds, counting up to COUNT_MAX of them."""
-        found = self.value(f"SELECT count(*) FROM ({sql} LIMIT {COUNT_MAX + 1})", **parameters)
-        return found if found <= COUNT_MAX else AtLeast(found)
+    def count(self, sql: str, counted: int | None = None, **parameters: object) -> int:
+        """Return how many rows a SELECT finds, counting up to `counted` of them, or COUNT_MAX."""
+        most = COUNT_MAX if counted is None else min(counted, COUNT_MAX)
+        found = self.value(f"SELECT count(*) FROM ({sql} LIMIT {most + 1})", **parameters)
+        return found if found <= most else AtLeast(found)
 
     def page(
-        self, record: type[Row], sql: str, sort: str, limit: int, offset: int, listed: str = "", **parameters: object
+        self, record: type[Row], sql: str, sort: str, limit: int, offset: int, listed: str = "",
+        counted: int | None = None, indexed: bool | None = None, **parameters: object
     ) -> tuple[list[Row], int]:
-        """Return a page of the rows that a SELECT finds, and how many it finds in all: AtLeast beyond COUNT_MAX.
+        """Return a page of the rows that a SELECT finds, and how many it finds in all: AtLeast beyond COUNT_MAX, or
+        `counted` if that is less.
 
         `sort` is the name of a column, with a hyphen before it for descending order. `listed` is a SELECT that gives
         the rows of the page what other tables know of them: only these rows, and not all that are counted or skipped.
+        `indexed` tells whether to read in the order of an index; None lets the page decide.
         """
         column = sort.removeprefix("-")
         if not column.isidentifier():
             raise ValueError(sort)
         # A search, and a page far behind, reads many rows: in the order of an index each would cost a page of the disk.
         # The unary plus makes the column an expression, for which there is no index. In that of ids rows are stored.
-        plus = "+" if column != "id" and (parameters.get("q") or offset > 1000) else ""
+        if indexed is None:
+            indexed = column == "id" or not (parameters.get("q") or offset > 1000)
+        plus = "" if indexed else "+"
         direction = "DESC" if sort[0] == "-" else "ASC"
-        order = f"{plus}{column} {direction}" + ("" if column == "id" else ", id")
+        # A name is unique: a second term would have SQLite read the index of the constraint and, for each of its entries,
+        # the row, in place of account_list, which has all that is asked.
+        order = f"{plus}{column} {direction}" + ("" if column in ("id", "username") else ", id")
         paged = f"SELECT * FROM ({sql}) ORDER BY {order} LIMIT :limit OFFSET :offset"
         if listed:
             table = record.table
@@ -1149,28 +1183,28 @@ class Store(Database):
         if len(rows) <= limit and (rows or offset == 0):
             return rows, offset + len(rows)
         # One row more than the page tells that there is a next one, however many there are.
-        total = self.count(f"SELECT 1 FROM ({sql})", **parameters)
+        total = self.count(f"SELECT 1 FROM ({sql})", counted, **parameters)
         if rows and total < offset + len(rows):
             total = AtLeast(offset + len(rows))
         return rows[:limit], total
 
     def page_after(
         self, record: type[Row], sql: str, sort: str, limit: int, offset: int, listed: str, after: str | None,
-        **parameters: object
+        counted: int | None = None, **parameters: Any
     ) -> tuple[list[Row], int]:
         """Return what page() does, of the rows that follow the id `after` in the order of ids, if that is given.
 
         Such a page costs the same however deep it lies: no rows are read to be skipped. The total is still that of all.
         """
         if after is None:
-            return self.page(record, sql, sort, limit, offset, listed, **parameters)
+            return self.page(record, sql, sort, limit, offset, listed, counted, **parameters)
         follows = f"{sql} AND id {'<' if sort[0] == '-' else '>'} :after"
-        rows, _ = self.page(record, follows, sort, limit, 0, listed, after=after, **parameters)
-        return rows, self.count(f"SELECT 1 FROM ({sql})", **parameters)
+        rows, _ = self.page(record, follows, sort, limit, 0, listed, 0, after=after, **parameters)
+        return rows, self.count(f"SELECT 1 FROM ({sql})", counted, **parameters)
 
     def page_of(
         self, record: type[Row], listed: str, sort: str, limit: int, offset: int, after: str | None = None,
-        **columns: object
+        **columns: Any
     ) -> tuple[list[Row], int]:
         """Return a page of the rows whose columns have these values. A column whose value is None may have any."""
         given = {name: value for name, value in columns.items() if value is not None}
@@ -1192,6 +1226,10 @@ class Store(Database):
             username=username, deleted=DELETED,
         )
 
+    def has_few_holders(self, name: str, id: str) -> bool:
+        """Return whether at most DENSE users have a role or scope: `name` is that of its parameter in HOLDERS."""
+        return not isinstance(self.count(HOLDERS[name], DENSE, **{name: id}), AtLeast)
+
     def list_accounts(
         self, q: str = "", is_active: int | None = 1, sort: str = "username", limit: int = 1000, offset: int = 0,
         role_id: str | None = None, scope_id: str | None = None, is_admin: bool | None = None,
@@ -1201,22 +1239,30 @@ class Store(Database):
 
         `locked` is about passwords or codes, `unused_since` selects those who did not log in since then.
         """
+        held = {"role_id": role_id, "scope_id": scope_id, "admin": MAD_ADMIN_ROLE_ID if is_admin else None}
+        few = {name: id is not None and self.has_few_holders(name, id) for name, id in held.items()}
+        # Only what is asked for: SQLite finds no index by `:name IS NULL OR …`.
+        conditions = {
+            "username <> :deleted || id": True, "is_active = :is_active": is_active is not None,
+            r"(username LIKE :like ESCAPE '\' OR email LIKE :like ESCAPE '\')": bool(q),
+            "NOT EXISTS (SELECT 1 FROM user_role WHERE user_id = account.id AND role_id = :admin)": is_admin is False,
+            # The first half names the partial index.
+            "(lockout_until > 0 OR totp_locked_until > 0) AND (lockout_until > :now OR totp_locked_until > :now)": locked,
+            "lockout_until <= :now AND totp_locked_until <= :now": locked is False,
+            "totp_sealed <> ''": totp, "totp_sealed = ''": totp is False,
+            "last_login_at < :unused_since": unused_since is not None,
+        } | {
+            (HELD_BY_FEW if few[name] else HELD_BY_MANY)[name]: id is not None for name, id in held.items()
+        }
+        where = " AND ".join(text for text, is_asked in conditions.items() if is_asked)
+        # Not in the order of names where few are found, or where each row must be read to know: one by one, rows cost
+        # more than the whole table.
+        is_sparse = locked or totp is False or locked is False or unused_since is not None or any(few.values())
         return self.page(
-            Account,
-            r"""
-            SELECT * FROM account
-             WHERE (:is_active IS NULL OR is_active = :is_active) AND username <> :deleted || id
-               AND (:q = '' OR username LIKE :like ESCAPE '\' OR email LIKE :like ESCAPE '\')
-               AND (:role_id IS NULL OR id IN (SELECT user_id FROM user_role WHERE role_id = :role_id))
-               AND (:scope_id IS NULL OR id IN (SELECT user_id FROM user_scope WHERE scope_id = :scope_id))
-               AND (:is_admin IS NULL OR (id IN (SELECT user_id FROM user_role WHERE role_id = :admin)) = :is_admin)
-               AND (:locked IS NULL OR (lockout_until > :now OR totp_locked_until > :now) = :locked)
-               AND (:totp IS NULL OR (totp_sealed <> '') = :totp)
-               AND (:unused_since IS NULL OR last_login_at < :unused_since)
-            """,
-            sort, limit, offset, q=q, like=like(q), is_active=is_active, role_id=role_id, scope_id=scope_id,
-            deleted=DELETED, is_admin=is_admin, admin=MAD_ADMIN_ROLE_ID, locked=locked, totp=totp,
-            unused_since=unused_since, now=now,
+            Account, f"SELECT id, username, email, is_active, created_at, last_login_at FROM account WHERE {where}",
+            sort, limit, offset, "SELECT account.* FROM account", q=q, like=like(q), is_active=is_active,
+            role_id=role_id, scope_id=scope_id, deleted=DELETED, admin=MAD_ADMIN_ROLE_ID, unused_since=unused_since,
+            now=now, indexed=not is_sparse,
         )
 
     def describe_users(self, ids: Iterable[str]) -> list[UserDetail]:
@@ -2155,13 +2201,18 @@ class Store(Database):
         """
         given = {"id": id, "user_id": user_id, "client_id": client_id} | more
         given = {name: value for name, value in given.items() if value is not None}
-        conditions = [SESSION_FILTERS[name] for name in given]
+        filters = SESSION_FILTERS
+        if ip_address := given.get("ip_address"):
+            of_address = "SELECT 1 FROM family WHERE ip_address = :ip_address AND ip_address <> ''"
+            if isinstance(self.count(of_address, DENSE, ip_address=ip_address), AtLeast):
+                filters = filters | {"ip_address": OF_CROWDED_ADDRESS}
+        conditions = [filters[name] for name in given]
         if living:
             conditions.append(SESSION_IS_ALIVE)
         where = " AND ".join(["1 = 1", *conditions])
         return self.page_after(
             ListedSession, f"SELECT * FROM session WHERE {where}", sort, limit, offset, LISTED_SESSIONS, after, now=now,
-            **given,
+            counted=COUNT_LIVING_MAX if living else None, **given,
         )
 
     def count_living(self, now: int, longest: int, most: int) -> dict[str, int]:
@@ -2532,22 +2583,43 @@ class Store(Database):
 
     def list_all_browser_sessions(
         self, now: int, idle: int, user_id: str | None = None, ip_address: str | None = None, limit: int = 1000,
-        offset: int = 0
+        offset: int = 0, after: tuple[int, str] | None = None
     ) -> tuple[list[ListedBrowserSession], int]:
-        """Return the living browser sessions, the last used one first. `idle` is how many seconds one may be unused."""
-        return self.page(
+        """Return the living browser sessions, the last used one first. `idle` is how many seconds one may be unused.
+
+        `after` is the `last_seen_at` and the id of a row: those that follow it. At most COUNT_LIVING_MAX are counted.
+        """
+        given = {"user_id": user_id, "ip_address": ip_address}
+        where = " AND ".join(f"{name} = :{name}" for name, value in given.items() if value is not None) or "1 = 1"
+        # The inner SELECT sorts, in columns of this table alone, and users are read one by one until a page is full.
+        # There is no index of `last_seen_at`: it would cost pages whenever a browser is seen.
+        living = f"""
+            SELECT {{columns}}
+              FROM (SELECT id_sha256 AS id, user_id, created_ms FROM browser_session
+                     WHERE revoked_at IS NULL AND expires_at > :now AND last_seen_at + :idle > :now AND {where} {{follows}}
+                     LIMIT -1) AS found
+             CROSS JOIN account ON account.id = found.user_id
+             WHERE is_active = 1 AND found.created_ms > max(account.revoked_before,
+                   coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'revoked_before'), 0))
+        """
+        parameters = {"now": now, "idle": idle} | {name: value for name, value in given.items() if value is not None}
+        total = self.count(living.format(columns="1", follows=""), COUNT_LIVING_MAX, **parameters)
+        seen, id = after or (0, "")
+        follows = "AND (last_seen_at < :seen OR last_seen_at = :seen AND id_sha256 > :id)" if after else ""
+        ids = living.format(
+            columns="found.id", follows=follows + " ORDER BY last_seen_at DESC, id_sha256"
+        ) + " LIMIT :limit OFFSET :offset"
+        rows = self.all(
             ListedBrowserSession,
-            """
+            f"""
             SELECT browser_session.*, username, id_sha256 AS id
               FROM browser_session JOIN account ON account.id = user_id
-             WHERE revoked_at IS NULL AND browser_session.expires_at > :now AND last_seen_at + :idle > :now
-               AND created_ms > max(account.revoked_before,
-                   coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'revoked_before'), 0))
-               AND is_active = 1 AND (:user_id IS NULL OR user_id = :user_id)
-               AND (:ip_address IS NULL OR ip_address = :ip_address)
+             WHERE id_sha256 IN ({ids})
+             ORDER BY last_seen_at DESC, id_sha256
             """,
-            "-last_seen_at", limit, offset, now=now, idle=idle, user_id=user_id, ip_address=ip_address,
+            **parameters, limit=limit, offset=offset, **({"seen": seen, "id": id} if after else {}),
         )
+        return rows, AtLeast(offset + len(rows)) if rows and total < offset + len(rows) else total
 
     def touch_browser_session(self, id_sha256: str, now: int) -> None:
         """Record that a browser session is in use."""

@@ -10,18 +10,19 @@ import { toast } from "../parts/toast.js";
 
 const WHAT = {
   tokens: { path: "/sessions", fixed: { living: true }, by: { person: "user_id", application: "client_id", address: "ip_address" } },
-  browsers: { path: "/browser-sessions", fixed: {}, by: { person: "user_id", address: "ip_address" }, byOffset: true },
+  browsers: { path: "/browser-sessions", fixed: {}, by: { person: "user_id", address: "ip_address" },
+    end: (row) => `${Date.parse(row.last_seen_at) / 1000}-${row.id}` }, // the last used first, so an id alone is no place
   refresh: { path: "/refresh-tokens", fixed: {}, by: { person: "user_id" } },
 };
 const SIZE = 50;
 
 /** A page of a list that goes on behind an id: as quick deep in a million rows as at its begin. */
 function useRows(what, filters, { after = "", page = 1 }) {
-  const { path: list, fixed, byOffset } = WHAT[what];
+  const { path: list, fixed } = WHAT[what];
   const ofPerson = what === "refresh" && filters.user_id;
   const asked = ofPerson
     ? path("refresh-tokens", "user", filters.user_id) + makeQuery({ limit: SIZE, offset: (page - 1) * SIZE || "" })
-    : list + makeQuery({ ...fixed, ...filters, limit: SIZE, ...(byOffset ? { offset: (page - 1) * SIZE || "" } : { after }) });
+    : list + makeQuery({ ...fixed, ...filters, limit: SIZE, after });
   const found = useLoad((signal) => get(asked, { signal }).catch((error) => {
     if (error.status === 404 && !error.unknownRoute) return { data: [], total: 0, next: false }; // nobody is called so
     throw error;
@@ -30,17 +31,17 @@ function useRows(what, filters, { after = "", page = 1 }) {
   return {
     ...found, rows: data?.data, total: data?.total, atLeast: data?.atLeast, next: data?.next, sort: "",
     isFiltered: Boolean(filters.user_id || filters.client_id || filters.ip_address || filters.sid || after),
-    ...(byOffset || ofPerson ? { page, size: SIZE } : {}),
+    ...(ofPerson ? { page, size: SIZE } : {}),
   };
 }
 
 /** The turns of a list that goes on behind an id: back is the browser's own. */
-function Turns({ list, after }) {
+function Turns({ list, after, end = (row) => row.id }) {
   if (!list.rows?.length || list.page !== undefined || !(list.next || after)) return null;
   return html`<nav class="pages" aria-label=${t("pages")}>
     <span>${after ? "" : t(list.atLeast ? "first_of_at_least" : "first_of", { n: list.rows.length, of: list.total })}</span>
     ${after && html`<${Button} onClick=${() => setQuery({ after: "" })}>${t("to_begin")}<//>`}
-    <${Button} disabled=${!list.next} onClick=${() => setQuery({ after: list.rows.at(-1).id })}>${t("next")}<//></nav>`;
+    <${Button} disabled=${!list.next} onClick=${() => setQuery({ after: end(list.rows.at(-1)) })}>${t("next")}<//></nav>`;
 }
 
 const NONE = html`<span class="quiet none">–</span>`;
@@ -180,7 +181,7 @@ function List({ query }) {
     ${isOff ? html`<${Empty} title=${t("refresh_off")}><code>enable-token-refresh</code><//>` : html`
       <${Table} list=${list} columns=${columnsOf(what, end)} href=${what === "tokens" ? (row) => href(["sessions", row.id]) : null} clear=${clear}
         caption=${t(`sessions_${what}`)} empty=${html`<${Empty} title=${t("no_sessions")}>${t(`no_sessions_${what}`)}<//>`} />
-      <${Turns} list=${list} after=${query.after} />`}`;
+      <${Turns} list=${list} after=${query.after} end=${WHAT[what].end} />`}`;
 }
 
 /** A name as a link to its room, where there is one. */
