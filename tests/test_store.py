@@ -593,6 +593,15 @@ class TestLists:
         assert len(long.list_sessions(ip_address="192.0.2.1")[0]) == 30
         assert long.list_sessions(ip_address="192.0.2.2")[0] == []
 
+    def test_what_expired_long_ago_is_not_read_to_count_what_is_alive(self, idp, long):
+        said = []
+        long.connection.set_trace_callback(said.append)
+        long.list_sessions(limit=5, living=True, now=idp.now())
+        long.list_sessions(limit=5, living=True, now=idp.now(), after="f" * 32)
+        long.connection.set_trace_callback(None)
+        counts = [sql for sql in said if "count(*)" in sql]
+        assert len(counts) == 2 and all("ORDER BY id DESC" in sql for sql in counts), "the newest first, once a page"
+
     def test_living_sessions_are_counted_less_far(self, idp, long, monkeypatch):
         monkeypatch.setattr("appliance.base.store.COUNT_LIVING_MAX", 10)
         for living, counted in ((True, 11), (False, 21)):

@@ -44,6 +44,7 @@ SCATTERED = 25  # the same for rows whose index entries are scattered: each of t
 USE_SECONDS = 60  # how exactly it is recorded when a client got a token
 COUNT_MAX = 10_000  # rows of a list that are counted: a total beyond is a lower bound
 COUNT_LIVING_MAX = 500  # the same where each row that is counted costs pages of other tables: whether it is alive
+NEWEST = " ORDER BY id DESC"  # what is alive stands behind what has expired: counted from there, the old is not read
 DENSE = 2000  # holders of a role or scope from which on they are looked for in the order of the list
 SUCCESS, FAILURE = "success", "failure"  # the results an audit row may tell of
 
@@ -1183,7 +1184,9 @@ class Store(Database):
         if len(rows) <= limit and (rows or offset == 0):
             return rows, offset + len(rows)
         # One row more than the page tells that there is a next one, however many there are.
-        total = self.count(f"SELECT 1 FROM ({sql})", counted, **parameters)
+        if counted == 0:
+            return rows[:limit], AtLeast(offset + len(rows))
+        total = self.count(f"SELECT 1 FROM ({sql}){NEWEST if column == 'id' else ''}", counted, **parameters)
         if rows and total < offset + len(rows):
             total = AtLeast(offset + len(rows))
         return rows[:limit], total
@@ -1200,7 +1203,7 @@ class Store(Database):
             return self.page(record, sql, sort, limit, offset, listed, counted, **parameters)
         follows = f"{sql} AND id {'<' if sort[0] == '-' else '>'} :after"
         rows, _ = self.page(record, follows, sort, limit, 0, listed, 0, after=after, **parameters)
-        return rows, self.count(f"SELECT 1 FROM ({sql})", counted, **parameters)
+        return rows, self.count(f"SELECT 1 FROM ({sql}){NEWEST}", counted, **parameters)
 
     def page_of(
         self, record: type[Row], listed: str, sort: str, limit: int, offset: int, after: str | None = None,
