@@ -1895,16 +1895,16 @@ class Box:
             ip = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ip, ip)  # noqa: S104 - every address, of which this is one
             name, colon, end = names[side].rpartition(":")
             host = (name if colon and end.isdigit() else names[side]) or "localhost"
-            if not settings.get(side + "-ssl-cert-file"):
+            speaks_tls = bool(settings.get(side + "-ssl-cert-file")) or settings.get("tls") == "self"
+            if not speaks_tls:
                 host = "localhost" if ip in ("127.0.0.1", "::1") else f"[{ip}]" if ":" in ip else ip
-            scheme = "https" if settings.get(side + "-ssl-cert-file") else "http"
-            url = f"{scheme}://{host}:{port}"
+            url = f"{'https' if speaks_tls else 'http'}://{host}:{port}"
             try:
                 url = Url(url).text
             except BadValue:
                 pass  # its mad.conf is wrong, which the server says better
             self.urls[side] = url
-            self.addresses[url] = ip if scheme == "https" else ""
+            self.addresses[url] = ip if speaks_tls else ""
 
     @classmethod
     def find(cls) -> Box | None:

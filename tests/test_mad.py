@@ -1191,6 +1191,11 @@ class TestBox:
                 "https://box.local:9041", "https://id.example:9040",
             ),
             ("auth-ssl-cert = c\noidc-issuer = https://id.example:1/auth", "http://localhost:9041", "https://id.example:9040"),
+            (
+                "tls = self\noidc-issuer = https://box.local:9040\nadmin-domain = box.local\nauth-ip = ::\nadmin-ip = ::",
+                "https://box.local:9041", "https://box.local:9040",
+            ),
+            ("TLS = self # its own", "https://localhost:9041", "https://localhost:9040"),
             ("; auth-port = 1\nauth-port = x\nnonsense", "http://localhost:9041", "http://localhost:9040"),
         ],
     )
@@ -1236,13 +1241,16 @@ class TestBox:
         monkeypatch.chdir(tmp_path)
         assert mad.Box(path, {"db-file": db_file}).folder == folder.format(here=tmp_path)
 
-    def test_its_own_authority_is_trusted_there_and_its_name_need_not_resolve(self, here, tmp_path, raw, monkeypatch):
+    @pytest.mark.parametrize("certificate", ["admin-ssl-cert-file = c.pem", "tls = self"])
+    def test_its_own_authority_is_trusted_there_and_its_name_need_not_resolve(
+        self, here, tmp_path, raw, monkeypatch, certificate
+    ):
         monkeypatch.chdir(tmp_path)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(make_certificate(tmp_path, "box.invalid"))
         raw(OK + b"Content-Length: 2\r\n\r\n{}", context=context)
         (tmp_path / "mad.conf").write_text(
-            f"admin-ssl-cert-file = c.pem\nadmin-domain = box.invalid\nadmin-port = {raw.port}\n"
+            f"{certificate}\nadmin-domain = box.invalid\nadmin-port = {raw.port}\n"
         )
         (tmp_path / "mad.conf").chmod(0o600)
         ask = ("role", "get", "--id", USER["id"], "--json")
