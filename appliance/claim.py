@@ -83,7 +83,7 @@ class Guard:
 
     The right code never waits. The owner may share the source of a guesser, behind a NAT or a proxy of containers, and
     a guesser who asks all the time would use up each moment in which the source may be wrong again. What protects the
-    code is its 60 bits: at a thousand guesses a second an hour finds it once in 3 × 10^11 times.
+    code is its 60 bits: at a thousand guesses a second an hour finds it with a chance below 10^-11.
     """
 
     MOST, LONGEST = 4096, 60
