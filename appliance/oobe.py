@@ -17,6 +17,7 @@ import ipaddress
 import os
 import re
 import secrets
+import select
 import shlex
 import shutil
 import stat
@@ -470,6 +471,20 @@ def terminal_echo(enabled):
         termios.tcsetattr(descriptor, termios.TCSADRAIN, saved)
 
 
+def skip_line_feed():
+    """Read the second half of CR LF, which the terminal has made a line of its own, from what was pasted.
+
+    Only where it is all that waits: nobody presses Enter twice within 50 ms.
+    """
+    import fcntl
+    import termios
+
+    if select.select([sys.stdin], [], [], 0.05)[0]:
+        waiting = fcntl.ioctl(sys.stdin.fileno(), termios.FIONREAD, bytes(4))
+        if int.from_bytes(waiting, sys.byteorder) == 1:
+            sys.stdin.readline()
+
+
 class Prompter:
     """Asks questions, and remembers the answers: to step back, or to ask all of them again as proposals.
 
@@ -492,12 +507,12 @@ class Prompter:
         """Return one answer as it was typed. Raises KeyboardInterrupt or InputEnded."""
         raise NotImplementedError
 
-    def write(self, text="", indent=""):
+    def write(self, text="", indent=None):
         """Print lines unchanged, or with an indent one sentence wrapped to the width of the terminal."""
         width = min(shutil.get_terminal_size().columns, 80) - 1
         wrapped = (
             textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
-            if indent
+            if indent is not None
             else text
         )
         if self.replayed:
@@ -659,6 +674,8 @@ class LinePrompter(Prompter):
             sys.stdout.write(f"> {question} " + (f"[{default}] " if default else ""))
             sys.stdout.flush()
             line = sys.stdin.readline()
+            if len(line) > 1:
+                skip_line_feed()
         if hidden:
             print(flush=True)
         if not line.endswith("\n"):  # The input ended; an incomplete line is no answer.
@@ -1160,8 +1177,11 @@ def describe_end(options, answers, made, passphrase="", will_serve=False):
 
 def run_wizard(options, flags):
     prompter = prompter_for_terminal()
-    prompter.write(f"microauthd {microauthd.VERSION}: first start. Nothing is written before the last question;")
-    prompter.write("Ctrl-C leaves everything as it is.\n" + prompter.introduction)
+    prompter.write(
+        f"microauthd {microauthd.VERSION}: first start. Nothing is written before the last question; "
+        "Ctrl-C leaves everything as it is.", "",
+    )
+    prompter.write(prompter.introduction, "")
     prompter.write()
     try:
         final_options, answers = interview(prompter, options, flags)

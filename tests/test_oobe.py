@@ -350,6 +350,30 @@ class TestWizard:
         assert console.end() == 0
         assert log_in(tmp_path, "root")[0].db_pass == PHRASE
 
+    @pytest.mark.parametrize("term", ["dumb"])
+    def test_a_terminal_that_does_not_bracket_it_may_send_two_signs_for_the_end_of_a_line(self, tmp_path, term):
+        console = Console(tmp_path, "--quick", term=term)
+        for question, words in (*DATABASE, ("Who uses this box", "itself"), *ADMINISTRATOR, *CLIENT, ("Set it up?", "y")):
+            console.child.expect(r"\s+".join(map(re.escape, question.split())))
+            console.child.send(words + "\r\n" if words else "\r")
+        assert console.end() == 0
+        assert log_in(tmp_path)[0].db_pass == PHRASE and "a:read" in console.text.rpartition("first client")[2]
+
+    @pytest.mark.parametrize("term", ["dumb", "vt100"])
+    def test_what_it_says_first_fits_the_screen(self, tmp_path, term):
+        console = Console(tmp_path, term=term)
+        console.child.expect_exact("> Database file?")
+        assert max(map(len, console.child.before.split("\x1b")[0].splitlines())) < 80
+        console.child.close(force=True)
+
+    def test_enter_may_be_a_line_feed(self, tmp_path):
+        console = Console(tmp_path, "--quick")
+        for question, words in (*DATABASE, ITSELF, *ADMINISTRATOR, *CLIENT, ("Set it up?", "")):
+            console.child.expect(r"\s+".join(map(re.escape, question.split())))
+            console.child.send(words + "\n")
+            console.child.expect_exact("\x1b[?2004l")
+        assert console.end() == 0 and log_in(tmp_path)[0].db_pass == PHRASE
+
     def test_a_passphrase_is_made_where_none_is_given_and_shown_once(self, tmp_path):
         console = Console(tmp_path, "--quick", term="dumb")
         console.answers((
