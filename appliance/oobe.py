@@ -972,7 +972,8 @@ def offer_qr_file(prompter, uri, secret):
             prompter.files.append(path)
         return path
 
-    prompter.write("The QR code does not fit this screen. The secret, to type into the authenticator:\n  " + secret)
+    prompter.write("The QR code does not fit this screen. The secret, to type into the authenticator:", "")
+    prompter.write(secret, "  " if shutil.get_terminal_size().columns > 41 else "")
     question = "Write the QR code into an SVG file, until the set-up ends (a path; empty: no)?"
     if path := prompter.ask(question, "", check):
         prompter.write(f"{os.path.abspath(path)} holds it, and is removed when the set-up ends.", "  ")

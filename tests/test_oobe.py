@@ -392,7 +392,7 @@ class TestWizard:
             ("is there already", file),
         ))  # fmt: skip
         console.child.expect_exact("The code it shows?")
-        seed = re.sub(r"\s", "", re.search(r"into the authenticator:\s+([A-Z2-7 ]{39})", console.text)[1])
+        seed = re.sub(r"\s", "", re.search(r"into\s+the\s+authenticator:\s+([A-Z2-7 ]{39})", console.text)[1])
         drawn = io.BytesIO()
         segno.make(m.totp_uri(seed, "admin", "localhost"), error="q").save(drawn, kind="svg", scale=5, xmldecl=True)
         written = {path.name: (stat.S_IMODE(path.stat().st_mode), path.read_bytes()) for path in tmp_path.glob("mad.svg")}
