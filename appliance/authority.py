@@ -270,14 +270,21 @@ def read_file(path: str) -> bytes:
         return b""
 
 
-def is_due(content: bytes, authority: Authority, now: int) -> bool:
-    """Return whether a certificate file is to be made anew: it is damaged, of another CA, or in its last third."""
+def is_due(content: bytes, authority: Authority, now: int, is_believed=True) -> bool:
+    """Return whether a certificate file is to be made anew: it is damaged, of another CA, or in its last third.
+
+    While the clock cannot be believed one that has not ended by it stays: another could begin in the future.
+    """
     try:
         context_of(Pair(content), "", "")
     except ValueError:
         return True
     described = describe_certificate(content)
-    if not described or authority.intermediate.encode() not in content or now < described.not_before:
+    if not described or authority.intermediate.encode() not in content:
+        return True
+    if not is_believed:
+        return now >= described.not_after
+    if now < described.not_before:
         return True
     end = min(now + LEAF_DAYS * DAY, describe(authority.intermediate).not_after)
     # Near the end of the CA another one would hardly last longer.
@@ -291,13 +298,13 @@ def forbid_found_ca(options: Options):
             raise StartupError(f"{path} is there already, and is not of a CA of this box: move it away")
 
 
-def needs_work(options: Options, store: Store, now: int) -> bool:
+def needs_work(options: Options, store: Store, now: int, is_believed=True) -> bool:
     """Return whether keep_certificate() would write anything."""
     authority = find_authority(store)
     return (
         authority is None
         or read_file(options.ca_file) != authority.root.encode()
-        or is_due(read_file(options.self_made_file), authority, now)
+        or is_due(read_file(options.self_made_file), authority, now, is_believed)
     )
 
 
@@ -315,7 +322,7 @@ def keep_certificate(idp: Idp, caller: Caller = LOCAL, renew=False) -> Descripti
             authority = put_authority(idp, caller.acting_as("system"))
         if read_file(options.ca_file) != authority.root.encode():
             write_durably(options.ca_file, authority.root.encode())
-        if not renew and not is_due(read_file(options.self_made_file), authority, idp.now()):
+        if not renew and not is_due(read_file(options.self_made_file), authority, idp.now(), idp.check_clock()):
             return None
         content = make_certificate(idp.seal, authority, idp.now())
         write_durably(options.self_made_file, content)
@@ -323,8 +330,8 @@ def keep_certificate(idp: Idp, caller: Caller = LOCAL, renew=False) -> Descripti
 
 
 def renew_certificate(idp: Idp):
-    """Keep the certificate of a running box, unless the clock cannot be believed."""
-    if idp.options.tls == "self" and idp.check_clock() and (made := keep_certificate(idp)):
+    """Keep the certificate of a running box."""
+    if idp.options.tls == "self" and (made := keep_certificate(idp)):
         idp.log("certificate.renewed", "notice", file=idp.options.self_made_file, sha256=made.sha256)
 
 

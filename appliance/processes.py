@@ -131,7 +131,7 @@ def prepare_certificate(idp: Idp):
     Where one is there and can be served, what keeps it from being renewed does not keep the box from starting.
     """
     try:
-        if needs_work(idp.options, idp.store, idp.now()):
+        if needs_work(idp.options, idp.store, idp.now(), idp.check_clock()):
             keep_certificate(idp)
     except (OSError, StartupError, Unavailable) as error:
         reason = error.log if isinstance(error, Unavailable) else str(error)

@@ -139,6 +139,20 @@ class TestLife:
         renew_certificate(box)
         assert read(box.options.self_made_file) == before
 
+    @pytest.mark.parametrize("keep", [renew_certificate, prepare_certificate])
+    @pytest.mark.parametrize("days, is_kept", [(61, True), (91, False)])
+    def test_a_clock_that_is_not_believed_replaces_one_that_has_ended_and_no_other(
+        self, box, clock, monkeypatch, keep, days, is_kept
+    ):
+        before = read(box.options.self_made_file)
+        clock.pass_(days * DAY)
+        monkeypatch.setattr(type(box), "check_clock", lambda *_: False)
+        keep(box)
+        assert (read(box.options.self_made_file) == before) == is_kept
+        monkeypatch.undo()
+        keep(box)
+        assert read(box.options.self_made_file) != before, "and once it is believed, in its last third"
+
     def test_none_outlives_the_ca_and_none_is_made_over_and_over_at_its_end(self, box, clock):
         end = describe_certificate(find_authority(box.store).intermediate.encode()).not_after
         made = 0
