@@ -2511,8 +2511,9 @@ def render_status(status: dict) -> list[str]:
                                 f"{printable(found.get('fingerprint'))[:16]}\u2026"))
     rows.append(("clock", f"{printable(clock.get('state'))}, {format_cell('now_at', clock.get('now'))}"))
     last, plan = status.get("last_backup"), status.get("backups") or {}
-    rows.append(("last backup", f"{format_cell('made_at', last.get('at'))} {printable(last.get('name'))}, "
-                 f"{_size(last.get('bytes'))}, {printable(last.get('kind'))}" if last else "none"))
+    file = f" {printable(last['name'])}, {_size(last.get('bytes'))}" if last and last.get("name") else ""
+    rows.append(("last backup", f"{format_cell('made_at', last.get('at'))}{file}, {printable(last.get('kind'))}"
+                 if last else "none"))
     if plan.get("every"):
         rows.append(("next backup", f"{format_cell('next_at', plan.get('next_at'))}, {plan.get('keep')} are kept"))
     rows.append(("disk", f"{_size(disk.get('free'))} of {_size(disk.get('total'))} free; database "

@@ -2154,6 +2154,11 @@ class TestStatus:
             "disk:         3.1 GB of 10.0 GB free; database 41.0 MB, WAL 0 B, log 12 B",
         ], done.stdout
 
+    def test_of_a_box_that_was_restored_and_names_no_file(self, here, fake):
+        restored = {"at": "2026-11-28T03:00:00Z", "name": "", "bytes": 0, "kind": "restored"}
+        fake.answers["GET /status"] = (200, self.WELL | {"last_backup": restored}, {})
+        assert "last backup:  2026-11-28 03:00:00Z, restored\n" in here("status", MAD_ADMIN_URL=fake.url).stdout
+
     @pytest.mark.parametrize("words", [[], ["--json"], ["--quiet"]])
     def test_of_one_that_needs_attention(self, here, fake, words):
         fake.answers["GET /status"] = (200, self.WELL | {"state": "attention", "attention": [self.LOW]}, {})
