@@ -667,7 +667,7 @@ def read_backup(source: str, key: str) -> dict:
     try:
         files = copy.read_backup_files()
     except (Unavailable, sqlcipher3.Error):
-        raise StartupError(f"{source} does not open: the passphrase is wrong, or the file is damaged") from None
+        raise StartupError(f"{source} does not open: the passphrase or the key is wrong, or it is damaged") from None
     finally:
         copy.close()
     if files is None:
