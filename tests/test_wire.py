@@ -1310,6 +1310,27 @@ class TestStopping:
         stopping.join()
         assert statuses(said) == [200] and b"Connection: close" in said and stopped == [True]
 
+    def test_what_follows_the_last_answer_is_neither_worked_on_nor_answered_by_a_reset(self, run, monkeypatch):
+        """RFC 9112 §9.6. A client that pipelines may send long after its last answer, and lose it by a reset."""
+        monkeypatch.setattr(wire, "LINGER", 60)
+        one, called, more = run(), [], b"POST /more HTTP/1.1\r\nHost: box\r\nContent-Length: 0\r\n\r\n" * 100
+        app = one.server.wsgi_app
+        one.server.wsgi_app = lambda environ, start: called.append(environ["PATH_INFO"]) or app(environ, start)
+        stopping = threading.Thread(target=one.server.stop, args=(60,))
+        with one.connect(20) as sock:
+            sock.sendall(b"GET /last HTTP/1.1\r\nHost: b")
+            time.sleep(0.1)
+            stopping.start()
+            while not one.server.draining:
+                time.sleep(0.01)
+            sock.sendall(b"ox\r\n\r\n" + more * 10)
+            while time.monotonic() < one.server.draining + 2 * SWEEP:
+                time.sleep(0.1)
+                sock.sendall(more)  # raises once it is reset
+            said = read_all(sock)
+        stopping.join(20)
+        assert statuses(said) == [200] and called == ["/last"] and not stopping.is_alive()
+
     def test_a_request_that_never_ends_does_not_hold_the_stop_up(self, run):
         one, stopped = run(limits=Limits(request_seconds=3600)), []
         with one.connect() as sock:

@@ -652,7 +652,7 @@ class Connection:
     def _wait(self):
         """Wait for the rest of a handshake or a request, or for the next request. False: none may come any more."""
         self.events = selectors.EVENT_READ
-        if self.handshaking:
+        if self.handshaking or self.lingering:
             return True
         draining = self.server.draining
         if self.environ is not None:
@@ -662,7 +662,7 @@ class Connection:
             if draining and now >= draining:
                 return False
             self.deadline = now + self.limits.idle_seconds
-        if self.server.tls and not self.lingering and self.sock.pending():
+        if self.server.tls and self.sock.pending():
             self.events = selectors.EVENT_WRITE  # at once: what has been decrypted already the selector does not see
         return True
 
@@ -696,8 +696,9 @@ class Connection:
 
     def _close_gracefully(self):
         """Shut down the sending side and read on for a while: closing with unread octets would reset the connection,
-        and the client could lose the response. RFC 9112 §9.6
+        and the client could lose the response. Requests behind the last answer are not processed. RFC 9112 §9.6
         """
+        self.requests.clear()
         self.lingering, self.received, self.events = True, 0, selectors.EVENT_READ
         self.deadline = time.monotonic() + LINGER
         if isinstance(self.sock, ssl.SSLSocket):
@@ -1003,8 +1004,8 @@ class ConnectionManager(cheroot.connections.ConnectionManager):
                     conn.began += lost
         shorter = 0.8 * limits.idle_seconds if len(server.open) > limits.connections // 2 else 0
         for conn in waiting:
-            idle = conn.environ is None and not (conn.out or conn.handshaking)
-            late = now > conn.deadline - (shorter if idle and not conn.lingering else 0)
+            idle = conn.environ is None and not (conn.out or conn.handshaking or conn.lingering)
+            late = now > conn.deadline - (shorter if idle else 0)
             if not late and not (idle and 0 < server.draining <= now):
                 continue
             self._selector.unregister(conn.sock)
