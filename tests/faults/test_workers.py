@@ -512,15 +512,16 @@ def test_sigterm_under_load_answers_every_request_that_was_read(tmp_path, worker
                 box.new_user("ann")
             before = rows(box)
             machines, people = [Last(box) for _ in range(10)], [Person(box) for _ in range(4)]
-            crowd = Crowd(box.auth_port, ["127.0.0.1"])
+            crowd = stack.enter_context(Crowd(box.auth_port, ["127.0.0.1"]))
             crowd.hold(20, b"")                         # connections that were never used
             crowd.hold(5, b"POST /token HTTP/1.1\r\nHo")  # requests whose rest comes while the stop is under way
-            idle = Crowd(box.auth_port, ["127.0.0.1"])
+            idle = stack.enter_context(Crowd(box.auth_port, ["127.0.0.1"]))
             idle.hold(10, b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
             for sock in idle.sockets:
                 assert b" 200 " in sock.recv(65536)
             for patron in (*machines, *people):
-                patron.start()
+                stack.enter_context(patron)  # is joined however this test ends: its rows would be in what others count
+            stack.callback(box.__exit__)  # first of all: it ends with its box
             time.sleep(0.3 + 0.01 * number)
             stopping = threading.Timer(0, box.process.send_signal, [signal.SIGTERM])
             began = time.monotonic()
