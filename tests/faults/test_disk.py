@@ -537,8 +537,13 @@ class TestPlace:
             assert well(box, stock)
 
 
-    @pytest.mark.parametrize("name", ["mad.db3", "mad.db3-wal", "mad.db3-shm"])
-    @pytest.mark.parametrize("again", [False, True], ids=["gone", "replaced"])
+    @pytest.mark.parametrize(
+        "again, name",
+        [
+            (False, "mad.db3"), (True, "mad.db3"), (True, "mad.db3-wal"), pytest.param(False, "mad.db3-wal", marks=LONG),
+            *(pytest.param(again, "mad.db3-shm", marks=LONG) for again in (False, True)),
+        ],
+    )
     def test_a_process_that_begins_meanwhile_opens_nothing_else(self, layer, tmp_path, name, again):
         """With an index of its own, one process would write over what the others acknowledged."""
         with FailingBox(tmp_path / "data", layer, workers="2", **SETTINGS) as box:
