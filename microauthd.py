@@ -64,7 +64,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from appliance.base import StartupError
 from appliance.base.clock import IAT_SKEW, RELEASED_AT, Timekeeper, sleep
-from appliance.base.settings import OPTIONS, Options, describe_options, show_value
+from appliance.base.settings import OPTIONS, Options, color, describe_options, label, show_value
 from appliance.base.shared import Buckets
 from appliance.base.metrics import (
     Counters, FIGURES, History, LOCKOUTS, LOGINS, NO_ROUTE, OPENMETRICS, OTHER, RANGES, TEXT as METRICS_TEXT, TOKENS,
@@ -76,7 +76,7 @@ from appliance.base.peers import networks_of
 from appliance.base.files import file_fingerprint, is_visible_below, remove_below, write_below
 from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
 from appliance.base.store import (
-    Account, AdminSession, AtLeast, AuditRow, AuthorizationCode, BrowserSession, Client, ClientRow, ClientUri,
+    Account, AdminSession, AtLeast, AuditRow, AuthorizationCode, BrandRow, BrowserSession, Client, ClientRow, ClientUri,
     ExternalIdp, FAILURE, FOREVER, Family, Invitation, LOCKOUT_MAX, ListedRefreshToken, ListedSession,
     LoginTransaction, MAD_ADMIN_ROLE_ID, MAD_ADMIN_ROLE_NAME, OVERLAP_MAX, ParkedHints, Permission, RefreshToken, Role,
     SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
@@ -84,26 +84,29 @@ from appliance.base.store import (
 from appliance.base.openapi import FORM, JSON, Route, Routes, describe_api, may_be_empty
 from appliance.base.objects import (
     AccessClaims, AccessVerdict, AccountForm, AddUri, AdminTokenForm, AssignPermission, AssignScopes, AuditObject,
-    AuditVerdict, AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, BrowserSessionObject,
-    ChangeSecret, CheckAccess, ClientObject, CodeForm, ConfirmTotp, ConsentForm, ConsentObject, ConsoleObject,
-    ConsoleSession, ConsoleUser, CreateClient, CreatePermission, CreateRole, CreateScope, CreateUser, EMAIL_MAX,
-    EndSessionForm, EnrolForm, EnrolTotp, Err, ExportAudit, FlagObject, Found, GRANT_TYPES, GenerateTotp,
-    HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, HistoryObject, IdTokenClaims, IdpObject,
-    Introspection, InvitationObject, Invite, InviteForm, InvitePageForm, Jwks, KeyImpact, KeyObject, LABEL_MAX,
-    ListAudit, ListBrowserSessions, ListClients, ListNamed, ListRoleMatrix, ListRoles, ListSessions, ListUsers,
-    ListedBackup, LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag, NewInvitation, OAuthError,
-    OfClient, OptionObject, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PagedById, PasswordForm, PasswordVerdict,
-    PermissionMember, Ping, PkceStep, Preview, PreviewTokens, PreviewedScopes, PreviewedToken, Proof, ProvisionUser,
-    PurgeAudit, PurgeTokens, PutIdp, REASON_MAX, ReadHistory, RecoveryCodes, RefreshTokenObject, ResetPassword,
-    Revoked, RoleMember, RoleObject, RoleRef, RoleWithMore, RotateKeys, SECRET_MAX, SECRET_MIN, ScopeMember,
-    ScopeObject, SearchUsers, SecretObject, SelectForm, SessionDetails, SessionObject, SetFlag, SetFlagOption,
-    SetLockout, SetRoles, SetScopes, SignIn, StatusObject, StepForm, TokenForm, TokenHintForm, TokenIn, TokenObject,
-    TotpConfirmed, TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient, UpdatePermission,
-    UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserConsentObject, UserDetails, UserInfo,
-    UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
+    AuditVerdict, AuthSession, AuthorizeForm, BackupObject, BackupPiece, BearerForm, BrandLogo, BrandObject,
+    BrandOrigins, BrowserSessionObject, ChangeBrand, ChangeSecret, CheckAccess, ClientObject, CodeForm, ConfirmTotp,
+    ConsentForm, ConsentObject, ConsoleObject, ConsoleSession, ConsoleUser, CreateClient, CreatePermission, CreateRole,
+    CreateScope, CreateUser, EMAIL_MAX, EndSessionForm, EnrolForm, EnrolTotp, Err, ExportAudit, FlagObject, Found,
+    GRANT_TYPES, GenerateTotp, HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, HistoryObject,
+    IdTokenClaims, IdpObject, Introspection, InvitationObject, Invite, InviteForm, InvitePageForm, Jwks, KeyImpact,
+    KeyObject, LABEL_MAX, ListAudit, ListBrowserSessions, ListClients, ListNamed, ListRoleMatrix, ListRoles,
+    ListSessions, ListUsers, ListedBackup, LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag,
+    NewInvitation, OAuthError, OfClient, OptionObject, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PagedById, PasswordForm,
+    PasswordVerdict, PermissionMember, Ping, PkceStep, Preview, PreviewPage, PreviewTokens, PreviewedScopes,
+    PreviewedToken, Proof, ProvisionUser, PurgeAudit, PurgeTokens, PutIdp, REASON_MAX, ReadHistory, RecoveryCodes,
+    RefreshTokenObject, ResetPassword, Revoked, RoleMember, RoleObject, RoleRef, RoleWithMore, RotateKeys, SECRET_MAX,
+    SECRET_MIN, ScopeMember, ScopeObject, SearchUsers, SecretObject, SelectForm, SessionDetails, SessionObject,
+    SetFlag, SetFlagOption, SetLockout, SetRoles, SetScopes, SignIn, StatusObject, StepForm, TokenForm, TokenHintForm,
+    TokenIn, TokenObject, TotpConfirmed, TotpEnrolment, TotpQr, TryUri, UNSET, URI_MAX, USERNAME_MAX, UpdateClient,
+    UpdatePermission, UpdateRole, UpdateScope, UpdateUser, Uri, UriObject, UriVerdict, UserConsentObject, UserDetails,
+    UserInfo, UserObject, VerifyPassword, VerifyTotp, Version, iso, read_time,
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
-from appliance.base.pages import LOGO_TYPES, SCRIPTS, Pages, describe_age, describe_browser, draw_qr, text_uri
+from appliance.base.pages import (
+    Brand, LOGO_SIZE, SCRIPTS, Pages, contrast, describe_age, describe_browser, draw_qr, logo_name, on_brand,
+    picture_type, text_uri,
+)
 from appliance.base.console import Console
 from appliance.base.keys import Key, PublicKey, b64url, b64url_bytes, next_promotion_at, promote, read_ring, unb64url
 from appliance.base.tls import PortCertificate, certificate_warnings
@@ -620,9 +623,9 @@ def totp_uri(seed, username, issuer_name) -> str:
     )
 
 
-def box_name(options: Options) -> str:
-    """Return the name that people know this server by: `brand-name`, else the issuer's host."""
-    return options.brand_name or urlsplit(options.auth_issuer).hostname or "microauthd"
+def box_name(options: Options, name: str | None = None) -> str:
+    """Return the name that people know this server by: that of its brand or `brand-name`, else the issuer's host."""
+    return (options.brand_name if name is None else name) or urlsplit(options.auth_issuer).hostname or "microauthd"
 
 
 def fold_one_time_code(code: str) -> str:
@@ -822,6 +825,10 @@ class Machine(msgspec.Struct, frozen=True):
     revoke_key: Callable
 
 
+BRAND = ("brand",)  # its key in Idp.cache(); no client_id
+NO_BRAND = BrandRow(None, None, None, "", 0, 0)
+
+
 class Idp:
     """The state of one process: settings, store, keys and clock.
 
@@ -852,6 +859,7 @@ class Idp:
         self.account_locks = [threading.Lock() for _ in range(64)]  # one second factor of an account at a time
         self.pages = Pages(options)
         self.console = Console(self.pages)
+        self.last_brand = Brand(box_name(options), options.brand_color, "")  # for pages without a database
         self.answers: dict = {}  # cached_page, by name
         self.refusals = RefusalCounter(getattr(clock, "monotonic", clock))
         self.clock_is_sane = True  # the last result of check_clock() without a Timekeeper
@@ -945,6 +953,37 @@ class Idp:
             cache = {}
             self.client_cache = (generation, cache)
         return cache
+
+    @property
+    def brand(self) -> Brand:
+        """The brand of the pages, cached with the clients; without a database the last that was known."""
+        try:
+            cache = self.cache()
+            if BRAND not in cache:
+                row = self.store.find_brand() or NO_BRAND
+                cache[BRAND] = Brand(
+                    box_name(self.options, row.name), row.color or self.options.brand_color, *self.brand_logo(row)
+                )
+            self.last_brand = cache[BRAND]
+        except Unavailable:
+            pass
+        return self.last_brand
+
+    def brand_logo(self, row: BrandRow) -> tuple[str, str]:
+        """Return the file name and the media type of the picture of a brand; ("", "") if there is none."""
+        if row.logo_sha256 is not None:
+            return logo_name(row.logo_sha256), row.logo_type
+        content, media_type = self.option_logo
+        return logo_name(hashlib.sha256(content).hexdigest()) if content else "", media_type
+
+    @functools.cached_property
+    def option_logo(self) -> tuple[bytes, str]:
+        """The picture that `brand-logo` names and its media type; (b"", "") if there is none or it cannot be read."""
+        try:
+            return self.pages.option_logo
+        except OSError as error:
+            self.log("brand.unreadable", "warning", path=self.options.brand_logo, reason=error.strerror)
+            return b"", ""
 
     def check_clock(self, irreversible=True) -> bool:
         """Return whether the clock can be trusted; `irreversible` for a purge or the retirement of a key.
@@ -2119,6 +2158,91 @@ def check_access(idp: Idp, request: CheckAccess) -> AccessVerdict:
     return verdict
 
 
+# -- the brand of the pages --
+
+
+def read_logo(idp: Idp, name: str) -> tuple[bytes, str]:
+    """Return the picture of the brand and its media type, if this is its file name. Raises not_found."""
+    brand = idp.brand
+    if not name or name != brand.logo:
+        raise Problem("not_found")
+    row = idp.store.find_brand() or NO_BRAND
+    content = idp.option_logo[0] if row.logo_sha256 is None else idp.store.find_brand_logo(row.logo_sha256)
+    if not content:  # it was replaced just now
+        raise Problem("not_found")
+    return content, brand.logo_type
+
+
+def describe_brand(idp: Idp) -> BrandObject:
+    """Return the brand of the pages, and where each part of it is from."""
+    row, options = idp.store.find_brand() or NO_BRAND, idp.options
+    name, shade = options.brand_name if row.name is None else row.name, row.color or options.brand_color
+    file, media_type = idp.brand_logo(row)
+    sha256, size = row.logo_sha256, row.logo_bytes
+    if sha256 is None:
+        content = idp.option_logo[0]
+        sha256, size = hashlib.sha256(content).hexdigest(), len(content)
+    logo = BrandLogo(f"{options.auth_issuer}/pages/{file}", media_type, size, sha256) if file else None
+    return BrandObject(
+        name, shade, on_brand(shade), round(contrast(on_brand(shade), shade), 2), logo,
+        BrandOrigins(*("option" if part is None else "set" for part in (row.name, row.color, row.logo_sha256))),
+        iso(row.modified_at) if row.modified_at else None,
+    )
+
+
+def read_picture(encoded: str) -> tuple[bytes, str]:
+    """Return a picture and its media type; raise ValueError with a sentence if it is too large or none of ours."""
+    try:
+        content = base64.b64decode("".join(encoded.split()), validate=True)
+    except binascii.Error:
+        raise ValueError("must be base64") from None
+    if len(content) > LOGO_SIZE:
+        raise ValueError(f"must have at most {LOGO_SIZE} octets")
+    return content, picture_type(content)
+
+
+def change_brand(idp: Idp, caller: Caller, change: ChangeBrand) -> BrandObject:
+    """Change what is sent of the brand; None leaves a part to the options. Raises invalid_request."""
+    parsed: dict[str, Any] = {}
+    errors: dict[str, str] = {}
+    readers: dict[str, Callable] = {
+        "name": lambda name: label(name.strip()), "color": color,
+        "logo": lambda logo: read_picture(logo) if logo.strip() else (b"", ""),
+    }
+    for member, read in readers.items():
+        value = getattr(change, member)
+        try:
+            if value is not UNSET:
+                parsed[member] = None if value is None else read(value)
+        except ValueError as error:
+            errors[member] = str(error)
+    reject(**errors)
+    logo = None
+    if "logo" in parsed:
+        logo, media_type = parsed.pop("logo") or (b"", "")
+        sha256 = hashlib.sha256(logo).hexdigest() if logo else "" if change.logo is not None else None
+        parsed |= {"logo_sha256": sha256, "logo_type": media_type}
+    with idp.store.transaction(identity=True):
+        row = idp.store.find_brand() or NO_BRAND
+        changed = {member: value for member, value in parsed.items() if getattr(row, member) != value}
+        if changed:
+            row = msgspec.structs.replace(row, **changed, modified_at=idp.now())
+            idp.store.put_brand(row, logo)
+            shown = (
+                f"{member}={'of the option' if value is None else value}"
+                for member, value in changed.items() if member != "logo_type"
+            )
+            audit(idp, caller, "brand_changed", "brand", " ".join(shown))
+        return describe_brand(idp)
+
+
+def reset_brand(idp: Idp, caller: Caller) -> None:
+    """Leave the brand to the options again."""
+    with idp.store.transaction(identity=True):
+        if idp.store.delete_brand():
+            audit(idp, caller, "brand_reset", "brand")
+
+
 # == Clients ===================================================================
 # Registration, authentication, scopes.
 
@@ -2817,11 +2941,11 @@ def totp_issuer(idp: Idp, client_id: str | None) -> str:
     Raises not_found, or invalid_request if the client does not demand a second factor.
     """
     if not client_id:
-        return box_name(idp.options)
+        return idp.brand.name
     client = get_client(idp, client_id)
     if "ENABLE_TOTP" not in client.flags:
         reject(client_id="this client does not demand a second factor: its ENABLE_TOTP is off")
-    return client.flags.get("TOTP_ISSUER") or box_name(idp.options)
+    return client.flags.get("TOTP_ISSUER") or idp.brand.name
 
 
 def check_idp(provider: PutIdp):
@@ -5410,12 +5534,12 @@ def show_page(
 ) -> Page:
     """Return an HTML page. `target` is the URI outside this server to which its form may redirect."""
     language = idp.pages.choose_language(environ.get("HTTP_ACCEPT_LANGUAGE", ""), ui_locales)
-    base = idp.options.auth_issuer
+    base, brand = idp.options.auth_issuer, idp.brand
     context = {
         "text": idp.pages.texts[language], "language": language, "base": base,
-        "style": f"{base}/pages/{idp.pages.style[0]}", "script": f"{base}/pages/{script}" if script else "",
-        "brand": box_name(idp.options),
-        "logo": f"{base}/pages/logo" if idp.options.brand_logo else "", "error": "",
+        "style": f"{base}/pages/{idp.pages.style_name(brand.color)}",
+        "script": f"{base}/pages/{script}" if script else "",
+        "brand": brand.name, "logo": f"{base}/pages/{brand.logo}" if brand.logo else "", "error": "",
     } | words_of_time(idp, idp.pages.texts[language]) | variables
     # Chromium applies form-action to every redirect that follows a form. A callback may redirect to another host of
     # its application (an authenticating proxy, a separate backend), so only the scheme is known here.
@@ -5428,6 +5552,17 @@ def show_page(
         idp.pages.render(name, **context), "text/html; charset=utf-8", status=status,
         headers=[("Set-Cookie", cookie) for cookie in cookies], policy=policy,
     )
+
+
+# Of the picture of the brand, when its address is opened by itself: an SVG may have styles of its own, and no script of
+# it runs. HTML §7.6 (sandboxing)
+PICTURE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox; frame-ancestors 'none'"
+
+
+def show_logo(idp: Idp, name: str, cache: int) -> Page:
+    """Return the picture of the brand, if this is its file name. Raises not_found."""
+    content, media_type = read_logo(idp, name)
+    return Page(content, media_type, policy=PICTURE_POLICY, cache=cache)
 
 
 def show_problem(idp: Idp, problem: Problem, environ) -> Page:
@@ -6567,7 +6702,7 @@ def state_variables(idp: Idp, params, login: Login) -> dict:
         if account is None:
             return {"secret": "", "qr": "", "may_skip": False, "username": ""}
         seed = idp.seal.open(row.pending, account.id)
-        issuer_name = (client.flags.get("TOTP_ISSUER") if client else "") or box_name(idp.options)
+        issuer_name = (client.flags.get("TOTP_ISSUER") if client else "") or idp.brand.name
         qr = qr_uri(totp_uri(seed, account.username, issuer_name))
         return {"secret": seed, "qr": qr, "may_skip": client is None, "username": account.username}
     variables: dict[str, Any] = {"username": account.username if account else ""}
@@ -6607,7 +6742,7 @@ def application_variables(idp: Idp, login: Login) -> dict:
 
 def codes_file(idp: Idp, username: str, codes) -> str:
     """Return the address of a file with recovery codes, which the page itself carries."""
-    return text_uri("\n".join([f"{box_name(idp.options)}, {username}", "", *codes, ""])) if codes else ""
+    return text_uri("\n".join([f"{idp.brand.name}, {username}", "", *codes, ""])) if codes else ""
 
 
 def show_login(idp: Idp, params, login: Login, *, status=200, error="", **variables) -> Page:
@@ -6958,21 +7093,14 @@ def login_cancel(idp, params):
 def page_asset(idp, params):
     """Return the style sheet, a script or the logo of the login pages."""
     name = params.path["name"]
-    style, content = idp.pages.style
-    if name == style:
+    content = idp.pages.find_style(name)
+    if content is not None:
         return Page(content, "text/css; charset=utf-8", cache=31536000)
     if name in SCRIPTS:
         return Page(idp.pages.file(name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
-    kind = LOGO_TYPES.get(idp.options.brand_logo.rpartition(".")[2].lower())
-    if name == "logo" and kind:
-        try:
-            return Page(
-                Path(idp.options.brand_logo).read_bytes(), f"image/{kind}", cache=300,
-                policy="default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
-            )
-        except OSError as error:
-            raise Problem("not_found", log=f"brand-logo: {error.strerror}") from None
-    raise Problem("not_found")
+    if name == "logo":
+        return show_logo(idp, idp.brand.logo, cache=300)
+    return show_logo(idp, name, cache=31536000)
 
 
 # -- people: invitations --
@@ -7248,7 +7376,7 @@ def show_account(
         has_totp=bool(account.totp_sealed), left=idp.store.count_recovery_codes(account.id), recovery=recovery,
         codes_file=codes_file(idp, account.username, recovery), least=idp.options.password_min_length,
         is_pending=bool(account.totp_pending_sealed), secret=seed,
-        qr=qr_uri(totp_uri(seed, account.username, box_name(idp.options))) if seed else "",
+        qr=qr_uri(totp_uri(seed, account.username, idp.brand.name)) if seed else "",
         cookies=cookies,
     )
 
@@ -7678,10 +7806,39 @@ CONSOLE_HEADERS = (
 def admin_console(idp, params):
     """Return the document of the console, in the language of the browser; its files have a version in their path."""
     language = idp.pages.choose_language(params.environ.get("HTTP_ACCEPT_LANGUAGE", ""))
-    content = idp.console.document(language, box_name(idp.options))
+    content = idp.console.document(language, idp.brand)
     return Page(
         content, "text/html; charset=utf-8", etag=f'"{hashlib.sha256(content).hexdigest()[:32]}"',
         headers=[*CONSOLE_HEADERS, ("Vary", "Accept-Language")], policy=CONSOLE_POLICY, cache_control="no-cache",
+    )
+
+
+# The console fills in what it is to show: nothing of an address gets into the page. No script runs in it and no form of
+# it is sent.
+PREVIEW_POLICY = (
+    "default-src 'none'; style-src 'self'; img-src 'self' blob:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'self'"
+)
+PREVIEW_NAME = "\ue000"  # where the console puts a name: a character for private use. Unicode §23.5
+
+
+@ADMIN(
+    "GET", "/dashboard/preview", guard=anyone, spec=OWN, query=PreviewPage, gives=bytes, gives_media="text/html",
+    tagged=True,
+)
+def admin_preview(idp, params):
+    """Return the sign-in page with gaps, for the console: it fills in a brand that is not saved yet, and shows it."""
+    language = idp.pages.choose_language(params.environ.get("HTTP_ACCEPT_LANGUAGE", ""), params.query.lang[:35])
+    files = f"files/{idp.console.version}"
+    content = idp.pages.render(
+        "sign_in", text=idp.pages.texts[language], language=language, base="", script="", brand=PREVIEW_NAME,
+        style=f"{files}/login.{idp.brand.color[1:]}.light.css", logo=f"{files}/icon.svg", error="", client="",
+        picture="", host="", tx="", form="", username="", help="", help_link=False,
+    )
+    return Page(
+        content, "text/html; charset=utf-8", etag=f'"{hashlib.sha256(content).hexdigest()[:32]}"',
+        headers=[("Cross-Origin-Resource-Policy", "same-origin"), ("Vary", "Accept-Language")],
+        policy=PREVIEW_POLICY, cache_control="no-cache",
     )
 
 
@@ -7689,6 +7846,10 @@ def admin_console(idp, params):
 def admin_console_file(idp, params):
     """Return a file of the console, of this version of it."""
     file = idp.console.find(params.path["name"]) if params.path["version"] == idp.console.version else None
+    if file is None and params.path["version"] == idp.console.version:
+        shown = show_logo(idp, params.path["name"], cache=31536000)
+        shown.headers.append(("Cross-Origin-Resource-Policy", "same-origin"))
+        return shown
     if file is None:
         raise Problem("not_found")
     headers = [("Cross-Origin-Resource-Policy", "same-origin"), ("Vary", "Accept-Encoding")]
@@ -8990,6 +9151,30 @@ def admin_list_options(idp, claims, params):
         )
         for option in OPTIONS
     ]
+
+
+# -- the brand of the pages --
+
+
+@ADMIN("GET", "/brand", guard=by_admin, spec=OWN, gives=BrandObject, versioned=True)
+def admin_get_brand(idp, claims, params):
+    """Return the name, colour and picture that the login pages and the console carry, and where each is from."""
+    return describe_brand(idp)
+
+
+@ADMIN("PUT", "/brand", guard=by_admin, spec=OWN, takes=ChangeBrand, gives=BrandObject, versioned=True)
+def admin_change_brand(idp, claims, params):
+    """Change the name, colour or picture of the login pages, at once; null leaves one to the options."""
+    with if_match(idp, params, lambda: describe_brand(idp)):
+        return change_brand(idp, params.caller, params.body)
+
+
+@ADMIN("DELETE", "/brand", guard=by_admin, spec=OWN, gives=Msg, versioned=True)
+def admin_reset_brand(idp, claims, params):
+    """Leave name, colour and picture to the options again."""
+    with if_match(idp, params, lambda: describe_brand(idp)):
+        reset_brand(idp, params.caller)
+    return msg("The brand is that of the options.")
 
 
 # -- backup and description --

@@ -8,7 +8,7 @@ import microauthd as m
 import pyotp
 import pytest
 from conftest import Caller, PASSWORD, SECRETS
-from appliance.base.pages import DARK_SURFACES, LIGHT_SURFACES, brand_edge, contrast
+from appliance.base.pages import Brand, DARK_SURFACES, LIGHT_SURFACES, brand_edge, contrast
 from appliance.base.settings import Options
 
 AGENT = "Mozilla/5.0 (X11; Linux x86_64) a browser"
@@ -518,7 +518,7 @@ class TestFiles:
         assert sum(sizes.values()) <= 250_000
 
     def test_a_hostile_name_of_the_box_is_text(self, make_idp, options):
-        content = make_idp(options).console.document("en", '<script>"{version}').decode()
+        content = make_idp(options).console.document("en", Brand('<script>"{version}', "#1f5fbf", "")).decode()
         assert "<script>&quot;" not in content and "&lt;script&gt;&quot;{version}" in content
 
 

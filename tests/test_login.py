@@ -3520,7 +3520,7 @@ class TestPages:
         assert (
             title(page) == "Se connecter"
             and b"Box &amp; Co" in page.body
-            and b'src="https://box.example/auth/pages/logo"' in page.body
+            and re.search(rb'src="https://box.example/auth/pages/logo\.[0-9a-f]{12}"', page.body)
             and browser.forms().forms[0]["action"] == "https://box.example/auth/login"
         )
         style = re.search(rb'href="https://box.example/auth(/pages/[^"]+)"', page.body)[1].decode()
@@ -3530,6 +3530,8 @@ class TestPages:
             and b"--brand: #ffee00; --on-brand: #000000" in sheet.body
             and "max-age=31536000" in sheet.headers["cache-control"]
         )
+        logo = browser("GET", re.search(rb'src="https://box.example/auth(/pages/logo\.[^"]+)"', page.body)[1].decode())
+        assert logo.status == 200 and "max-age=31536000" in logo.headers["cache-control"]
         assert (
             browser("GET", "/pages/logo").headers["content-type"] == "image/svg+xml"
             and browser("GET", "/pages/../en.json").status == 404

@@ -325,7 +325,8 @@ class TestRoutes:
                     "/ping", "/version", "/health", "/health/ready", "/token", "/openapi.json",
                     "/swagger/v1/swagger.json", "/swagger", "/swagger/rapidoc-min.js",
                     "/.well-known/microauthd/ca.pem", "/dashboard/session",
-                    "/dashboard/", "/dashboard/files/<version>/<name:path>", "/", "/dashboard", "/Dashboard", "/Login",
+                    "/dashboard/", "/dashboard/preview", "/dashboard/files/<version>/<name:path>",
+                    "/", "/dashboard", "/Dashboard", "/Login",
                 )
             ),
         }

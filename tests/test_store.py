@@ -18,7 +18,7 @@ from appliance.base.shared import ChangeMarks
 from appliance.base.database import Conflict, Record, Unavailable
 from appliance.base.objects import ChangeSecret, CreateClient, CreatePermission, CreateRole, CreateScope, CreateUser
 from appliance.base.store import (
-    AdminSession, AtLeast, AuthorizationCode, BrowserSession, DEPENDENTS, Family, Invitation, LoginTransaction,
+    AdminSession, AtLeast, AuthorizationCode, BrandRow, BrowserSession, DEPENDENTS, Family, Invitation, LoginTransaction,
     MAD_ADMIN_ROLE_ID, MIGRATIONS, ParkedHints, RefreshToken, RetiredKey, Role, SCATTERED, SEEDED_SCOPES, SLICE,
     Session, Store, chain, lockout_seconds,
 )
@@ -234,6 +234,16 @@ class TestSchema:
         idp.store.confirm_client("b", client, 5)
         idp.store.confirm_client("gone", client, 5)
         assert idp.store.is_confirmed("b", client) and not idp.store.is_confirmed("gone", client)
+
+    def test_a_database_of_before_has_no_brand_and_takes_one(self, from_before):
+        store = from_before("CREATE TABLE brand", self.CLIENT)
+        assert store.find_brand() is None and store.meta("created_at") == "1"
+        assert store.exists("SELECT 1 FROM client WHERE client_id = 'old'")
+        store.put_brand(BrandRow("New", None, "aa", "image/png", 0, 7), b"png")
+        store.put_brand(BrandRow("Newer", "#000000", "aa", "image/png", 0, 8), None)
+        assert store.find_brand() == BrandRow("Newer", "#000000", "aa", "image/png", 3, 8), "in the same row"
+        assert store.find_brand_logo("aa") == b"png" and store.find_brand_logo("bb") is None
+        assert store.delete_brand() and not store.delete_brand() and store.find_brand() is None
 
     def test_an_administrator_of_before_is_signed_in_at_no_console_and_can_be(self, idp, root, monkeypatch):
         number = next(number for number, step in enumerate(MIGRATIONS) if "TABLE admin_session" in step)

@@ -4,11 +4,12 @@ import functools
 import gzip
 import hashlib
 import html
+import re
 from pathlib import Path
 
 import msgspec
 
-from appliance.base.pages import LOGO_TYPES, Pages
+from appliance.base.pages import Brand, Pages, brand_style, force_scheme
 
 DASHBOARD = Path(__file__).parents[1] / "dashboard"
 TYPES = {
@@ -39,7 +40,7 @@ class Console:
 
     @functools.cached_property
     def files(self) -> dict[str, ConsoleFile]:
-        """The modules, sheets, words of each language and the logo, by their path below dashboard/files/<version>/."""
+        """The modules, sheets and words of each language, by their path below dashboard/files/<version>/."""
         found = {
             path.relative_to(DASHBOARD).as_posix(): pack(path.read_bytes(), TYPES[path.suffix])
             for path in sorted(DASHBOARD.rglob("*")) if path.suffix in TYPES
@@ -48,10 +49,6 @@ class Console:
         for language, texts in self.pages.texts.items():
             words = self.pages.texts["en"]["console"] | texts.get("console", {})
             found[f"words/{language}.json"] = pack(msgspec.json.encode(words), TYPES[".json"])
-        logo = self.pages.options.brand_logo
-        kind = LOGO_TYPES.get(logo.rpartition(".")[2].lower())
-        if kind and Path(logo).is_file():
-            found["logo"] = pack(Path(logo).read_bytes(), f"image/{kind}")
         return found
 
     @functools.cached_property
@@ -63,13 +60,21 @@ class Console:
         return whole.hexdigest()[:12]
 
     def find(self, name: str) -> ConsoleFile | None:
+        """Return a file by its path; brand.<rrggbb>.css, or login.<rrggbb>.<scheme>.css, is made of its name.
+
+        The brand is no part of the version: who changes it must not take the modules of an open console away.
+        """
+        if found := re.fullmatch(r"brand\.([0-9a-f]{6})\.css", name):
+            return pack(brand_style("#" + found[1]), TYPES[".css"])
+        if found := re.fullmatch(r"login\.([0-9a-f]{6})\.(light|dark)\.css", name):
+            return pack(force_scheme(brand_style("#" + found[1]) + self.pages.sheet[1], found[2]), TYPES[".css"])
         return self.files.get(name)
 
-    def document(self, language: str, box: str) -> bytes:
-        """Return the document, in a language of the pages, for a box of this name."""
+    def document(self, language: str, brand: Brand) -> bytes:
+        """Return the document, in a language of the pages, for a box of this brand."""
         values = {
             "version": self.version, "language": language, "languages": " ".join(sorted(self.pages.texts)),
-            "logo": "logo" if "logo" in self.files else "", "box": box,
+            "logo": brand.logo, "box": brand.name, "color": brand.color[1:],
         }
         text = (DASHBOARD / "index.html").read_text("utf-8")
         for name, value in values.items():

@@ -46,6 +46,12 @@ Uri = Annotated[str, limited({"minLength": 1, "maxLength": URI_MAX})]
 ProviderKey = Annotated[str, limited({"minLength": 1, "maxLength": PROVIDER_KEY_MAX, "pattern": "^[A-Za-z0-9._-]+$"})]
 ClientType = Annotated[str, limited({"enum": ["confidential", "public"]})]  # RFC 6749 §2.1
 GrantType = Annotated[str, limited({"enum": list(GRANT_TYPES)})]
+BrandName = Annotated[str, limited({"maxLength": 80, "description": "Blank is the issuer's host."})]
+BrandColor = Annotated[str, limited({"pattern": "^#?[0-9A-Fa-f]{6}$"})]
+BrandPicture = Annotated[str, limited({
+    "contentEncoding": "base64", "maxLength": 56000,
+    "description": "A PNG, JPEG, WebP or SVG picture of at most 40960 octets; blank is none.",
+})]
 Overlap = Annotated[int, limited({"minimum": 0, "maximum": OVERLAP_MAX})]
 
 
@@ -1226,6 +1232,49 @@ class OptionObject(msgspec.Struct):
     meaning: str
     is_secret: bool
     needs_restart: bool
+
+
+class PreviewPage(msgspec.Struct):
+    """GET /dashboard/preview: in a language of the pages, such as `de`."""
+
+    lang: str = ""
+
+
+class ChangeBrand(msgspec.Struct):
+    """PUT /brand. What is not sent stays unchanged; null is what the option says."""
+
+    name: BrandName | None | Maybe = UNSET
+    color: BrandColor | None | Maybe = UNSET
+    logo: BrandPicture | None | Maybe = UNSET
+
+
+class BrandLogo(msgspec.Struct):
+    """The picture of the brand, and where AUTH serves it."""
+
+    uri: str
+    media_type: str
+    bytes: int
+    sha256: str
+
+
+class BrandOrigins(msgspec.Struct):
+    """Where each part of the brand is from: it was set by PUT /brand, or it is the option's."""
+
+    name: Literal["set", "option"]
+    color: Literal["set", "option"]
+    logo: Literal["set", "option"]
+
+
+class BrandObject(msgspec.Struct):
+    """The brand of the pages. `contrast` is that of `text_color` on `color`, 1 to 21. WCAG 2.2 §1.4.3"""
+
+    name: str
+    color: str
+    text_color: str
+    contrast: float
+    logo: BrandLogo | None
+    origins: BrandOrigins
+    modified_at: str | None
 
 
 class RotateKeys(msgspec.Struct):

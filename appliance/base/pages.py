@@ -1,9 +1,11 @@
-"""The pages for people: the auto-escaped templates of appliance/pages, their texts and their style sheet."""
+"""The pages for people: the auto-escaped templates of appliance/pages, their texts, brand and style sheet."""
 
 import contextlib
 import functools
 import hashlib
 import io
+import re
+import xml.parsers.expat
 from base64 import b64encode
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +18,8 @@ from appliance.base.settings import Options
 
 PAGES = Path(__file__).parents[1] / "pages"
 LOGO_TYPES = {"png": "png", "svg": "svg+xml", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}  # by the file's extension
+
+LOGO_SIZE = 40960  # octets of a picture that ADMIN is sent: in base64 it fits into a request
 
 SCRIPTS = ("form_post.js", "pages.js")
 PICTURE_SIZE = 65536  # octets: the picture of an application stands in the page itself
@@ -70,6 +74,88 @@ def brand_edge(brand: str, towards: str, surfaces: tuple[str, ...]) -> str:
         if all(contrast(edge, surface) >= 3 for surface in surfaces):
             return edge
     return towards
+
+
+def brand_style(color: str) -> bytes:
+    """Return the rules that tell a style sheet a colour, such as #1f5fbf, and what is readable on it and around it."""
+    light, dark = brand_edge(color, "#000000", LIGHT_SURFACES), brand_edge(color, "#ffffff", DARK_SURFACES)
+    return (
+        f":root {{ --brand: {color}; --on-brand: {on_brand(color)}; --brand-edge: {light}; }}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ --brand-edge: {dark}; }} }}\n"
+    ).encode()
+
+
+def force_scheme(sheet: bytes, scheme: str) -> bytes:
+    """Return a style sheet that looks as if the reader had chosen `light` or `dark`. CSS Media Queries 5 §11.5"""
+
+    def replace(found: re.Match) -> bytes:
+        return b"(min-width: 0)" if found[1].decode() == scheme else b"(max-width: 0)"
+
+    forced = re.sub(rb"\(\s*prefers-color-scheme\s*:\s*(light|dark)\s*\)", replace, sheet)
+    return forced + f":root {{ color-scheme: {scheme}; }}\n".encode()
+
+
+class Brand(msgspec.Struct, frozen=True):
+    """What the pages carry: the name of the server, a colour such as #1f5fbf, the file name of its picture, or ""."""
+
+    name: str
+    color: str
+    logo: str  # logo.<12 hex digits of its SHA-256>
+    logo_type: str = ""  # its media type
+
+
+def logo_name(sha256: str) -> str:
+    """Return the file name of a picture, which another picture does not have: browsers may keep it for ever."""
+    return f"logo.{sha256[:12]}" if sha256 else ""
+
+
+def check_svg(content: bytes) -> None:
+    """Raise ValueError if an SVG picture is malformed, or has a script or what could hide one.
+
+    What it loads from elsewhere is not refused but never comes: browsers fetch nothing for a picture, and its own
+    Content-Security-Policy forbids it. SVG 2 §2.2.1
+    """
+    parser, roots = xml.parsers.expat.ParserCreate(namespace_separator=" "), []
+
+    def begin(name: str, attributes: dict) -> None:
+        roots.append(name)
+        local = name.rpartition(" ")[2].lower()
+        links = [value for key, value in attributes.items() if key.rpartition(" ")[2].lower() == "href"]
+        if local in ("script", "foreignobject", "iframe", "handler", "listener"):
+            raise ValueError(f"must not have an element {local}")
+        if any(key.rpartition(" ")[2].lower().startswith("on") for key in attributes):
+            raise ValueError("must not have an event handler")
+        if any(re.match(r"[\s\x00-\x1f]*(javascript|vbscript)\s*:", link, re.I) for link in links):
+            raise ValueError("must not link to a script")
+
+    def begin_doctype(name: str, system_id: str | None, public_id: str | None, has_internal_subset: bool) -> None:
+        if has_internal_subset:  # entities may grow without bound
+            raise ValueError("must not declare entities")
+
+    parser.StartElementHandler, parser.StartDoctypeDeclHandler = begin, begin_doctype
+    try:
+        parser.Parse(content, True)
+    except xml.parsers.expat.ExpatError as error:
+        raise ValueError(f"is no well-formed SVG: line {error.lineno}") from None
+    if roots[0] != "http://www.w3.org/2000/svg svg":
+        raise ValueError("must be a PNG, JPEG, WebP or SVG picture")
+
+
+def picture_type(content: bytes) -> str:
+    """Return the media type of a picture by its content; raise ValueError with a sentence if it is none of ours.
+
+    PNG §5.2, JPEG B.1.1.3, RFC 9649 §2.4
+    """
+    if content.startswith(b"\x89PNG\r\n\x1a\n") and content[12:16] == b"IHDR":
+        return "image/png"
+    if content.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return "image/webp"
+    if not content.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        raise ValueError("must be a PNG, JPEG, WebP or SVG picture")
+    check_svg(content)
+    return "image/svg+xml"
 
 
 def describe_browser(user_agent: str, text: dict) -> str:
@@ -139,20 +225,40 @@ class Pages:
 
     @functools.cached_property
     def tokens(self) -> bytes:
-        """The style sheet that the login pages and the console begin with: colours, sizes, spaces, and the brand."""
-        brand = self.options.brand_color
-        light, dark = brand_edge(brand, "#000000", LIGHT_SURFACES), brand_edge(brand, "#ffffff", DARK_SURFACES)
-        content = (
-            f":root {{ --brand: {brand}; --on-brand: {on_brand(brand)}; --brand-edge: {light}; }}\n"
-            f"@media (prefers-color-scheme: dark) {{ :root {{ --brand-edge: {dark}; }} }}\n"
-        )
-        return content.encode() + self.file("tokens.css").read_bytes()
+        """The style sheet that the login pages and the console begin with, after brand_style(): sizes and colours."""
+        return self.file("tokens.css").read_bytes()
 
     @functools.cached_property
-    def style(self) -> tuple[str, bytes]:
-        """The file name of the style sheet, which contains a hash of it, and its content."""
+    def sheet(self) -> tuple[str, bytes]:
+        """A hash of the style sheet of the pages without the brand, and its content."""
         content = self.tokens + self.file("pages.css").read_bytes()
-        return f"pages.{hashlib.sha256(content).hexdigest()[:12]}.css", content
+        return hashlib.sha256(content).hexdigest()[:12], content
+
+    def style_name(self, color: str) -> str:
+        """Return the file name of the style sheet for a brand of this colour.
+
+        The name says all that it is made of. So a page finds its sheet at a process that knows another brand already.
+        """
+        return f"pages.{self.sheet[0]}.{color[1:]}.css"
+
+    def find_style(self, name: str) -> bytes | None:
+        """Return the style sheet of this file name, or None."""
+        found = re.fullmatch(r"pages\.([0-9a-f]{12})\.([0-9a-f]{6})\.css", name)
+        if not found or found[1] != self.sheet[0]:
+            return None
+        return brand_style("#" + found[2]) + self.sheet[1]
+
+    @property
+    def style(self) -> tuple[str, bytes]:
+        """The file name of the style sheet for the colour that the options say, and its content."""
+        color = self.options.brand_color
+        return self.style_name(color), brand_style(color) + self.sheet[1]
+
+    @functools.cached_property
+    def option_logo(self) -> tuple[bytes, str]:
+        """The picture that the options say, and its media type by the extension; raises OSError."""
+        kind = LOGO_TYPES.get(self.options.brand_logo.rpartition(".")[2].lower())
+        return (Path(self.options.brand_logo).read_bytes(), f"image/{kind}") if kind else (b"", "")
 
     def picture(self, name: str) -> str:
         """Return a data: URI of the picture `name`.png, .svg, .jpg, .jpeg or .webp in `pages-folder`/logos, or "".

@@ -475,10 +475,17 @@ class Options:
         group="Login",
     )
     brand_name: str = option(
-        "", label, "Name on the login pages and in authenticators; empty is the issuer's host.", group="Pages"
+        "", label,
+        "Name on the login pages and in authenticators, unless `mad brand` sets one; empty is the issuer's host.",
+        group="Pages",
     )
-    brand_logo: str = option("", text, "Picture on the login pages: a PNG, SVG, JPEG or WebP file.", group="Pages")
-    brand_color: str = option("#1f5fbf", color, "Colour of the login pages, rrggbb.", group="Pages")
+    brand_logo: str = option(
+        "", text, "Picture on the login pages, unless `mad brand` sets one: a PNG, SVG, JPEG or WebP file.",
+        group="Pages",
+    )
+    brand_color: str = option(
+        "#1f5fbf", color, "Colour of the login pages, rrggbb, unless `mad brand` sets one.", group="Pages"
+    )
     login_help: str = option(
         "", sentence, "What the sign-in page answers to Forgotten?: a sentence, or an http, https, mailto or tel URI.",
         group="Pages",

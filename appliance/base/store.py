@@ -401,6 +401,21 @@ class Invitation(Record, frozen=True):
     expires_at: int
 
 
+class BrandRow(Record, frozen=True):
+    """The brand that an administrator chose, the only row of its table; None is left to the options.
+
+    The picture itself is the column `logo`, which is read apart: pages need only its name. An empty `logo_sha256` is no
+    picture.
+    """
+
+    name: str | None
+    color: str | None
+    logo_sha256: str | None
+    logo_type: str
+    logo_bytes: int
+    modified_at: int
+
+
 class ListedConsent(Record, frozen=True):
     """What a user allowed a client, with the names of the client."""
 
@@ -755,6 +770,12 @@ MIGRATIONS = (
     CREATE INDEX account_totp ON account (username, is_active, email, created_at, id) WHERE totp_sealed <> '';
     CREATE INDEX account_locked ON account (id) WHERE lockout_until > 0 OR totp_locked_until > 0;
     """,
+    # Step 17. The brand of the pages, in one row. What is NULL is left to the options.
+    """
+    CREATE TABLE brand (
+        id INTEGER PRIMARY KEY CHECK (id = 1), name TEXT, color TEXT, logo_sha256 TEXT, logo_type TEXT NOT NULL,
+        modified_at INTEGER NOT NULL, logo BLOB) STRICT;
+    """,
 )
 
 # The tables whose rows go with a user, client, scope or role: the column that names it, and the primary key. What refers to
@@ -968,6 +989,38 @@ class Store(Database):
 
     def delete_meta(self, name: str) -> None:
         self.run("DELETE FROM meta WHERE name = :name", name=name)
+
+    # -- the brand --
+
+    def find_brand(self) -> BrandRow | None:
+        """Return the brand that an administrator chose, or None."""
+        return self.one(BrandRow, """
+            SELECT name, color, logo_sha256, logo_type, coalesce(length(logo), 0), modified_at
+              FROM brand
+            """)
+
+    def find_brand_logo(self, sha256: str) -> bytes | None:
+        """Return the picture of the brand if it is still this one."""
+        return self.value("SELECT logo FROM brand WHERE logo_sha256 = :sha256", sha256=sha256)
+
+    def put_brand(self, row: BrandRow, logo: bytes | None) -> None:
+        """Store the brand. `logo` is the octets of its picture; None leaves those that are stored."""
+        self.run(
+            """
+            INSERT INTO brand (id, name, color, logo_sha256, logo_type, modified_at, logo)
+            VALUES (1, :name, :color, :logo_sha256, :logo_type, :modified_at, :logo)
+                ON CONFLICT (id) DO UPDATE
+               SET name = excluded.name, color = excluded.color, logo_sha256 = excluded.logo_sha256,
+                   logo_type = excluded.logo_type, modified_at = excluded.modified_at,
+                   logo = coalesce(excluded.logo, logo)
+            """,
+            name=row.name, color=row.color, logo_sha256=row.logo_sha256, logo_type=row.logo_type,
+            modified_at=row.modified_at, logo=logo,
+        )
+
+    def delete_brand(self) -> bool:
+        """Leave the brand to the options. Return whether it was not."""
+        return self.changed("DELETE FROM brand")
 
     # -- the schema --
 
