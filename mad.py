@@ -496,6 +496,9 @@ def _path(*parts: str) -> str:
     return "".join("/" + quote(part, safe="") for part in parts)
 
 
+PICTURE_MAX = 40960  # octets of the picture of the brand
+
+
 def _without_none(**members) -> dict:
     """Return the members that are not None: a PUT leaves the absent ones unchanged."""
     return {name: value for name, value in members.items() if value is not None}
@@ -1640,6 +1643,20 @@ class MadClient(ApiClient):
     def list_backups(self, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
         """GET /backup. Return [{name, created_at, bytes, sha256, kind}], newest first."""
         return self.pages("/backup", **search)
+
+    # -- the brand --
+
+    def get_brand(self) -> dict:
+        """GET /brand. Return {name, color, text_color, contrast, logo, origins, modified_at}."""
+        return self.request("GET", "/brand")
+
+    def update_brand(self, **members: str | None) -> dict:
+        """PUT /brand: `name`, `color`, `logo` (base64; "" is none). Return Brand. None leaves one to the options."""
+        return self.request("PUT", "/brand", json=members)
+
+    def reset_brand(self) -> dict:
+        """DELETE /brand. Return Msg. Name, colour and picture are those of the options again."""
+        return self.request("DELETE", "/brand")
 
     @paged_list(*LIMIT_PARAMS)
     def list_options(self, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
@@ -3231,6 +3248,38 @@ def render_enrolment(answer: dict) -> list[str]:
             "secret, shown this once: " + printable(answer.get("secret"))]
 
 
+def set_brand(client: MadClient, name: str | None = None, color: str | None = None, logo: str | None = None,
+              no_logo: bool = False) -> dict:
+    """PUT /brand. What is None stays unchanged. `logo` is the path of a picture."""
+    if logo is not None and no_logo:
+        raise CommandError(EXIT_USAGE, "usage", "--logo and --no-logo cannot both be given")
+    members = _without_none(name=name, color=color, logo="" if no_logo else None)
+    if logo is not None:
+        from base64 import b64encode
+        try:
+            with open(logo, "rb") as file:
+                picture = file.read(PICTURE_MAX + 1)
+        except OSError as problem:
+            raise CommandError(EXIT_USAGE, "usage", f"cannot read {logo}: {problem.strerror}") from None
+        if not picture or len(picture) > PICTURE_MAX:  # more would not fit into a request
+            wrong = f"has more than {PICTURE_MAX} bytes" if picture else "is empty"
+            raise CommandError(EXIT_USAGE, "usage", f"the picture {logo} {wrong}")
+        members["logo"] = b64encode(picture).decode()
+    return client.update_brand(**members)
+
+
+def flat_brand(brand: dict) -> dict:
+    """Return a brand with a sentence in place of its picture."""
+    logo, origins = brand.get("logo") or {}, brand.get("origins") or {}
+    shown = f"{logo.get('media_type')}, {logo.get('bytes')} bytes, {logo.get('uri')}" if logo else "none"
+    return {**brand, "logo": shown, "from": ", ".join(f"{part}: {origin}" for part, origin in origins.items())}
+
+
+def render_brand(brand: dict) -> list[str]:
+    return fields("name", "color", "text color=text_color", "contrast", "logo", "from", "modified at=modified_at")(
+        flat_brand(brand))
+
+
 def backup(context: Context, client: MadClient, file: str, force: bool = False, without_keys: bool = False) -> dict:
     """POST /backup. Have the server make a backup, download it to `file`, and delete the server's copy."""
     from hashlib import sha256
@@ -3976,6 +4025,18 @@ COMMANDS = (
     # -- option --
     Command("option list", "list every setting, where it is from and what it means", MadClient.list_options, (),
             table("options", "name", "value", "origin", "meaning"), "mad option list"),
+
+    # -- brand --
+    Command("brand show", "show the name, colour and picture of the login pages", MadClient.get_brand, (),
+            render_brand, "mad brand show"),
+    Command("brand set", "change the name, colour or picture of the login pages", set_brand, (
+        Option("name", "what people know the server by; blank is the issuer's host"),
+        Option("color", "such as 1f5fbf; the text on it is black or white, whichever reads better", metavar="RRGGBB"),
+        Option("logo", "a PNG, JPEG, WebP or SVG file of at most 40960 bytes", metavar="FILE"),
+        Option("no-logo", "show no picture", "flag"),
+    ), render_brand, "mad brand set --name 'North box' --color 8a3fa0 --logo logo.svg", at_least_one=True),
+    Command("brand reset", "leave name, colour and picture to the options again", MadClient.reset_brand, (),
+            render_message, "mad brand reset", confirm_by=""),
 
     # -- key --
     Command("key list", "list the keys of both rings: which signs, waits or retires", MadClient.list_keys, (),

@@ -2046,6 +2046,45 @@ class TestTail:
         assert child.exitstatus == 130
 
 
+class TestBrand:
+    BRAND = {
+        "name": "North", "color": "#8a3fa0", "text_color": "#ffffff", "contrast": 6.5, "modified_at": None,
+        "logo": {"uri": "https://idp.example/pages/logo.ab", "media_type": "image/png", "bytes": 3, "sha256": "ab"},
+        "origins": {"name": "set", "color": "option", "logo": "set"},
+    }
+
+    @pytest.fixture
+    def server(self, fake):
+        fake.answer = lambda method, path: (200, self.BRAND, {})
+        return fake
+
+    def test_a_picture_is_sent_as_it_is_and_what_is_not_given_stays(self, here, server, tmp_path):
+        (tmp_path / "logo.png").write_bytes(b"\x89PNG")
+        done = here("brand", "set", "--name", "North", "--logo", str(tmp_path / "logo.png"), MAD_ADMIN_URL=server.url)
+        assert done.returncode == 0 and "logo:         image/png, 3 bytes, https://idp.example/pages/logo.ab" in done.stdout
+        assert (server.seen[0][0], json.loads(server.seen[0][3])) == ("PUT", {"name": "North", "logo": "iVBORw=="})
+        here("brand", "set", "--no-logo", MAD_ADMIN_URL=server.url)
+        assert json.loads(server.seen[1][3]) == {"logo": ""}
+
+    WRONG = [
+        (["--logo", "{here}/none"], "cannot read"), (["--logo", "{here}"], "cannot read"),
+        (["--logo", "{here}/empty"], "is empty"), (["--logo", "{here}/large"], "has more than 40960 bytes"),
+        (["--logo", "{here}/empty", "--no-logo"], "cannot both be given"), ([], "nothing to change"),
+    ]
+
+    @pytest.mark.parametrize("words, sentence", WRONG)
+    def test_what_cannot_be_a_picture_is_not_sent(self, here, server, tmp_path, words, sentence):
+        (tmp_path / "empty").write_bytes(b"")
+        (tmp_path / "large").write_bytes(bytes(40961))
+        done = here("brand", "set", *(word.format(here=tmp_path) for word in words), MAD_ADMIN_URL=server.url)
+        assert done.returncode == 2 and sentence in done.stderr and not server.seen
+
+    def test_it_is_shown_and_given_back(self, here, server):
+        assert "color:        #8a3fa0" in here("brand", "show", MAD_ADMIN_URL=server.url).stdout
+        assert here("brand", "reset", "--yes", MAD_ADMIN_URL=server.url).returncode == 0
+        assert [seen[:2] for seen in server.seen] == [("GET", "/brand"), ("DELETE", "/brand")]
+
+
 class TestBackup:
     """The server makes the backup, mad downloads it in pieces, compares the digest and deletes the server's copy."""
 
