@@ -7835,6 +7835,7 @@ def admin_preview(idp, params):
         style=f"{files}/login.{idp.brand.color[1:]}.light.css", logo=f"{files}/icon.svg", error="", client="",
         picture="", host="", tx="", form="", username="", help="", help_link=False,
     )
+    content = re.sub(rb"\sautofocus\b", b"", content)  # a frame without scripts may not take the focus. HTML §6.6.7
     return Page(
         content, "text/html; charset=utf-8", etag=f'"{hashlib.sha256(content).hexdigest()[:32]}"',
         headers=[("Cross-Origin-Resource-Policy", "same-origin"), ("Vary", "Accept-Language")],

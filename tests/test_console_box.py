@@ -291,8 +291,6 @@ class TestSettings:
         assert box.settings["db-pass"] not in page.content()
         page.get_by_label("Search options").fill("brand-name")
         expect(page.get_by_role("row").filter(has_text="brand-name")).to_contain_text("North box")
-        page.goto(f"{page.url.partition('#')[0]}#/settings/brand")
-        expect(page.get_by_text("How the login page looks")).to_be_visible()
 
     def test_old_rows_are_deleted_after_a_question(self, console, box):  # noqa: F811
         page = console("#/settings/upkeep")
@@ -302,6 +300,109 @@ class TestSettings:
         expect(page.get_by_role("dialog")).to_contain_text("400 days")
         confirm(page, "Delete rows")
         expect(page.get_by_text("0 rows are deleted.")).to_be_visible()
+
+
+class TestBrand:
+    SVG = b"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'><rect width='8' height='8' fill='#8a3fa0'/></svg>"
+
+    @pytest.fixture(autouse=True)
+    def back(self, box):
+        yield
+        box.call_admin("DELETE", "/brand")
+
+    @staticmethod
+    def chosen(page, name, content, kind="image/svg+xml"):
+        page.locator("input[type=file]").set_input_files({"name": name, "mimeType": kind, "buffer": content})
+
+    def test_it_is_seen_before_it_is_saved_and_by_everybody_after(self, console, visit, box):  # noqa: F811
+        page, hostile = console("#/settings/brand"), "Süd <b>& 'Co'</b>"
+        page.get_by_label("Name", exact=True).fill(hostile)
+        page.get_by_role("textbox", name="Colour", exact=True).fill("8A3FA0")
+        self.chosen(page, "logo.svg", self.SVG)
+        preview = page.frame_locator("iframe")
+        expect(preview.locator("header span")).to_have_text(hostile)
+        expect(preview.locator("button")).to_have_css("background-color", "rgb(138, 63, 160)")
+        expect(preview.locator("header img")).to_have_js_property("naturalWidth", 150)
+        page.get_by_role("button", name="Dark").click()
+        expect(preview.locator("main")).to_have_css("background-color", "rgb(31, 35, 39)")
+        page.get_by_role("button", name="Light").click()
+        expect(preview.locator("main")).to_have_css("background-color", "rgb(255, 255, 255)")
+        assert box.call_admin("GET", "/brand")["name"] == "North box", "nothing is saved yet"
+        shoot(page, "brand-proposed")
+
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_text("Saved. The next page shows it.")).to_be_visible()
+        expect(page.locator(".top bdi").first).to_have_text(hostile)
+        expect(page.get_by_role("button", name="Save")).to_be_disabled()
+        expect(page.locator(".top")).to_have_css("border-top-color", "rgb(138, 63, 160)")
+        login = visit()
+        login.goto(f"http://127.0.0.1:{box.auth_port}/account")
+        expect(login.locator("header span")).to_have_text(hostile)
+        expect(login.locator("header img")).to_have_js_property("naturalWidth", 150)
+        expect(login.locator("button[type=submit]")).to_have_css("background-color", "rgb(138, 63, 160)")
+        shoot(login, "brand-login")
+        login.goto(f"{login.origin}/dashboard/")
+        expect(login.locator("header bdi")).to_have_text(hostile)
+
+        page.get_by_role("button", name="Back to mad.conf").click()
+        confirm(page, "Back to mad.conf")
+        expect(page.get_by_text("The brand is that of mad.conf.")).to_be_visible()
+        expect(page.get_by_label("Name", exact=True)).to_have_value("North box")
+        expect(page.locator(".top bdi").first).to_have_text("North box")
+        expect(page.get_by_role("button", name="Back to mad.conf")).to_have_count(0)
+
+    def test_of_two_administrators_the_second_sees_what_the_first_did(self, console, box):  # noqa: F811
+        page = console("#/settings/brand")
+        page.get_by_label("Name", exact=True).fill("Mine")
+        box.call_admin("PUT", "/brand", {"name": "Theirs", "logo": base64.b64encode(self.SVG).decode()})
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_role("row").filter(has_text="Mine")).to_contain_text("Theirs")
+        shoot(page, "brand-conflict")
+        page.get_by_role("button", name="Take mine").click()
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_text("Saved. The next page shows it.")).to_be_visible()
+        found = box.call_admin("GET", "/brand")
+        assert found["name"] == "Mine" and found["logo"]["bytes"] == len(self.SVG)
+
+    def test_what_is_no_picture_is_said_at_its_field_and_a_large_one_made_smaller(self, console, box):  # noqa: F811
+        page = console("#/settings/brand")
+        self.chosen(page, "bad.svg", self.SVG.replace(b"<rect", b"<script/><rect"))
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_text("The SVG has a script in it.")).to_be_visible()
+        large = base64.b64decode(page.evaluate("""() => {
+            const canvas = document.createElement("canvas");
+            Object.assign(canvas, { width: 600, height: 400 });
+            const image = new ImageData(600, 400);
+            let noise = 1;
+            for (let at = 0; at < image.data.length; at++) {
+              noise = (Math.imul(noise, 1103515245) + 12345) >>> 0;
+              image.data[at] = at % 4 === 3 ? 255 : noise >>> 24;
+            }
+            canvas.getContext("2d").putImageData(image, 0, 0);
+            return canvas.toDataURL("image/png").split(",")[1];
+        }"""))
+        assert len(large) > 40960
+        self.chosen(page, "large.png", large, "image/png")
+        expect(page.get_by_text("large.png")).to_be_visible()
+        page.get_by_role("button", name="Save").click()
+        expect(page.get_by_text("Saved. The next page shows it.")).to_be_visible()
+        assert 0 < box.call_admin("GET", "/brand")["logo"]["bytes"] <= 40960
+
+    def test_by_keyboard_alone(self, console, box):  # noqa: F811
+        page = console("#/settings/brand", color_scheme="dark")
+        page.get_by_label("Name", exact=True).focus()
+        page.keyboard.press("Control+a")
+        page.keyboard.type("By keys")
+        reached = []
+        for _ in range(12):
+            page.keyboard.press("Tab")
+            reached.append(page.evaluate("document.activeElement.innerText || document.activeElement.type || document.activeElement.tagName"))
+            if reached[-1] == "Save":
+                break
+        assert reached[-1] == "Save" and "Choose a picture" in reached and "IFRAME" not in reached
+        page.keyboard.press("Enter")
+        expect(page.get_by_text("Saved. The next page shows it.")).to_be_visible()
+        assert box.call_admin("GET", "/brand")["name"] == "By keys"
 
 
 PLACES = [

@@ -74,7 +74,7 @@ class Console:
         """Return the document, in a language of the pages, for a box of this brand."""
         values = {
             "version": self.version, "language": language, "languages": " ".join(sorted(self.pages.texts)),
-            "logo": brand.logo, "box": brand.name, "color": brand.color[1:],
+            "logo": brand.logo, "color": brand.color[1:], "box": brand.name,
         }
         text = (DASHBOARD / "index.html").read_text("utf-8")
         for name, value in values.items():

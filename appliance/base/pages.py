@@ -122,21 +122,21 @@ def check_svg(content: bytes) -> None:
         local = name.rpartition(" ")[2].lower()
         links = [value for key, value in attributes.items() if key.rpartition(" ")[2].lower() == "href"]
         if local in ("script", "foreignobject", "iframe", "handler", "listener"):
-            raise ValueError(f"must not have an element {local}")
+            raise ValueError(f"must have no script (an element {local})")
         if any(key.rpartition(" ")[2].lower().startswith("on") for key in attributes):
-            raise ValueError("must not have an event handler")
+            raise ValueError("must have no script (an event handler)")
         if any(re.match(r"[\s\x00-\x1f]*(javascript|vbscript)\s*:", link, re.I) for link in links):
-            raise ValueError("must not link to a script")
+            raise ValueError("must have no script (a link to one)")
 
     def begin_doctype(name: str, system_id: str | None, public_id: str | None, has_internal_subset: bool) -> None:
         if has_internal_subset:  # entities may grow without bound
-            raise ValueError("must not declare entities")
+            raise ValueError("must declare no entities")
 
     parser.StartElementHandler, parser.StartDoctypeDeclHandler = begin, begin_doctype
     try:
         parser.Parse(content, True)
     except xml.parsers.expat.ExpatError as error:
-        raise ValueError(f"is no well-formed SVG: line {error.lineno}") from None
+        raise ValueError(f"must be well-formed SVG (line {error.lineno})") from None
     if roots[0] != "http://www.w3.org/2000/svg svg":
         raise ValueError("must be a PNG, JPEG, WebP or SVG picture")
 

@@ -25,6 +25,7 @@ import { ask, Dialog, Dialogs } from "./parts/dialog.js";
 import { isOpen, listen, Palette } from "./parts/palette.js";
 import { Toasts } from "./parts/toast.js";
 import SignIn from "./rooms/signin.js";
+import { worn } from "./worn.js";
 
 /** Another component of the room of roles. */
 const from = (name) => import("./rooms/roles.js").then((module) => ({ default: module[name] }));
@@ -60,9 +61,6 @@ const ACTS = () => [
 
 ROOMS.forEach((room) => rooms.add(room.address));
 
-const box = document.querySelector("meta[name=box]");
-const boxName = box.content;
-const logo = box.dataset.logo ? new URL(box.dataset.logo, import.meta.url).href : "";
 const entered = new Map(); // address: the component, once fetched
 
 /** The component of a room, fetched when somebody enters it. */
@@ -94,7 +92,8 @@ const Links = ({ current, onGo }) => html`<ul>${ROOMS.filter((room) => room.grou
   <a href=${href(room.address ? [room.address] : [])} aria-current=${current && room.address === (current.within ?? current.address) ? "page" : null} onClick=${onGo}>
     <${Icon} name=${room.icon} />${t(room.word)}</a></li>`)}</ul>`;
 
-const Brand = () => html`<a class="brand" href="#/">${logo && html`<img src=${logo} alt="" />`}<bdi>${boxName}</bdi></a>`;
+/** The picture and the name of the box. */
+const Box = () => html`${worn.value.logo && html`<img src=${worn.value.logo} alt="" />`}<bdi>${worn.value.name}</bdi>`;
 
 function UserMenu() {
   const { username } = session.value.user;
@@ -129,7 +128,7 @@ function Shell() {
   const place = `${room?.address} ${segments[1] || ""}`;
   const first = useRef(true);
   useEffect(() => {
-    document.title = `${room ? t(room.word) : t("not_found_title")} – ${boxName}`;
+    document.title = `${room ? t(room.word) : t("not_found_title")} – ${worn.value.name}`;
     if (!first.current) {
       scrollTo(0, 0);
       return focusHeading(main.current);
@@ -141,7 +140,7 @@ function Shell() {
     ${silent.value && html`<div class="silent" role="status">${t("silent", { time: clock(silent.value.toISOString()) })}</div>`}
     <div class="top">
       <${Button} kind="plain menu-button" icon="menu" label=${t("menu")} onClick=${() => setMenu(true)} />
-      <${Brand} />
+      <a class="brand" href="#/"><${Box} /></a>
       <button type="button" class="find" onClick=${() => { isOpen.value = true; }} aria-label=${t("find_or_do")}>
         <${Icon} name="search" /><span>${t("find_or_do")}</span><kbd>/</kbd></button>
       <${UserMenu} />
@@ -153,7 +152,7 @@ function Shell() {
           : html`<${Head} title=${t("not_found_title")} /><p>${t("not_found_text")}</p>`}
       </main>
     </div>
-    ${menu && html`<${Dialog} title=${boxName} onClose=${() => setMenu(false)}>
+    ${menu && html`<${Dialog} title=${worn.value.name} onClose=${() => setMenu(false)}>
       <nav class="rooms in-dialog" aria-label=${t("rooms")}><${Links} current=${room} onGo=${() => setMenu(false)} /></nav>
       <div class="buttons"><${Button} onClick=${() => setMenu(false)}>${t("close")}<//></div><//>`}
     ${isOpen.value && html`<${Palette} fixed=${[
@@ -169,7 +168,7 @@ function Shell() {
 function App() {
   return session.value
     ? html`<${Shell} />`
-    : html`<div class="front"><header>${logo && html`<img src=${logo} alt="" />`}<bdi>${boxName}</bdi></header>
+    : html`<div class="front"><header><${Box} /></header>
         <main><${SignIn} /></main></div>`;
 }
 

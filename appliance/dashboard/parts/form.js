@@ -70,14 +70,15 @@ export function useForm(initial, save, { whole = false, reread } = {}) {
 /**
  * A form on some `members` of a record of ADMIN, saved by PUT with If-Match; `done` gets the answer. What else changes
  * the record gives it a new tag, which is taken as long as these members stay. If somebody else changed these, the form
- * follows while nothing is typed, and otherwise saving it says what both did.
+ * follows while nothing is typed, and otherwise saving it says what both did. `members` may be a function that makes
+ * the values of a record, and `write` one that makes a body of what changed.
  */
-export function useRecord(at, row, etag, members, done) {
-  const pick = (data) => Object.fromEntries(members.map((name) => [name, data[name]]));
+export function useRecord(at, row, etag, members, done, write = (changes) => changes) {
+  const pick = typeof members === "function" ? members : (data) => Object.fromEntries(members.map((name) => [name, data[name]]));
   const now = JSON.stringify(pick(row));
   const version = useMemo(() => ({ etag, of: now }), []);
   if (version.of === now) version.etag = etag;
-  const form = useForm(pick(row), async (changes) => done(await send("PUT", at, changes, { etag: version.etag })), { reread: async () => {
+  const form = useForm(pick(row), async (changes) => done(await send("PUT", at, await write(changes), { etag: version.etag })), { reread: async () => {
     const { data, etag: latest } = await get(at);
     Object.assign(version, { etag: latest, of: JSON.stringify(pick(data)) });
     return pick(data);

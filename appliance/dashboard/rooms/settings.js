@@ -3,11 +3,12 @@
 import { get, send } from "../api.js";
 import { setQuery } from "../route.js";
 import { has, t } from "../words.js";
-import { Button, Card, Facts, Failure, Head, html, Loading, Name, State, Tabs, useAct, useId, useLoad, useState, visible } from "../parts/base.js";
+import { Button, Card, Failure, Head, html, Loading, Name, State, Tabs, useAct, useId, useLoad, useState, visible } from "../parts/base.js";
 import { ask } from "../parts/dialog.js";
 import { Filters } from "../parts/filters.js";
 import { Table, whole } from "../parts/table.js";
 import { toast } from "../parts/toast.js";
+import Brand from "./brand.js";
 
 const group = (name) => { // the heading of a group, in words where we have them
   const key = `group_${name.toLowerCase().replace(/[^a-z0-9]+/g, "_")}`;
@@ -44,23 +45,6 @@ function Options({ query, found }) {
       ? html`<div class="empty"><p>${t("nothing_matches")}</p><${Button} onClick=${() => setQuery({ q: "", origin: "" })}>${t("clear_filters")}<//></div>`
       : groups.map((name) => html`<${Card} key=${name} kind="options" title=${group(name)}>
           <${Table} list=${{ ...whole(found, rows.filter((row) => row.group === name)), page: undefined }} keyOf=${(row) => row.name} columns=${COLUMNS} caption=${group(name)} /><//>`)}`;
-}
-
-/** The brand as it is: the console wears it too. It is set in mad.conf. */
-function Brand({ found }) {
-  const value = (name) => String(found.data?.find((row) => row.name === name)?.value ?? "");
-  const logo = document.querySelector("meta[name=box]").dataset.logo;
-  if (!found.data) return found.error ? html`<${Failure} error=${found.error} retry=${found.reload} />` : html`<${Loading} />`;
-  return html`<p class="quiet">${t("brand_text")}</p>
-    <${Card} title=${t("brand")}><${Facts} rows=${[
-      [html`<code>brand-name</code>`, html`<${Name} text=${value("brand-name") || "–"} />`],
-      [html`<code>brand-color</code>`, html`<span class="swatch" aria-hidden="true"></span> <code>${visible(value("brand-color"))}</code>`],
-      [html`<code>brand-logo</code>`, value("brand-logo") ? html`<code>${visible(value("brand-logo"))}</code>` : "–"],
-    ]} /><//>
-    <${Card} title=${t("brand_preview")}><div class="sample" aria-hidden="true"><div class="sample-head">
-      ${logo && html`<img src=${new URL(logo, new URL("..", import.meta.url)).href} alt="" />`}<bdi class="strong">${visible(value("brand-name"))}</bdi></div>
-      <div class="sample-card"><span class="strong">${t("sign_in")}</span><span class="sample-field">${t("user_name")}</span>
-        <span class="sample-field">${t("password")}</span><span class="sample-button">${t("sign_in")}</span></div></div><//>`;
 }
 
 /** A purge: what it deletes, of what age, and the button. */
@@ -106,5 +90,5 @@ export default function Settings({ segments, query }) {
   return html`<${Head} title=${t("settings")}>${swagger && html`<a class="button" href="../swagger">${t("api_description")}</a>`}<//>
     <${Tabs} base=${["settings"]} label=${t("parts_of_settings")} current=${tab}
       tabs=${["options", "brand", "upkeep"].map((one) => ({ id: one, label: t(`settings_${one}`) }))} />
-    ${tab === "brand" ? html`<${Brand} found=${found} />` : tab === "upkeep" ? html`<${Upkeep} />` : html`<${Options} query=${query} found=${found} />`}`;
+    ${tab === "brand" ? html`<${found.data || found.error ? Brand : Loading} options=${found.data} />` : tab === "upkeep" ? html`<${Upkeep} />` : html`<${Options} query=${query} found=${found} />`}`;
 }
