@@ -1647,7 +1647,7 @@ class MadClient(ApiClient):
     # -- the brand --
 
     def get_brand(self) -> dict:
-        """GET /brand. Return {name, color, text_color, contrast, logo, origins, modified_at}."""
+        """GET /brand. Return {name, host, color, text_color, contrast, logo, origins, modified_at}."""
         return self.request("GET", "/brand")
 
     def update_brand(self, **members: str | None) -> dict:

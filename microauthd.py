@@ -2184,7 +2184,7 @@ def describe_brand(idp: Idp) -> BrandObject:
         sha256, size = hashlib.sha256(content).hexdigest(), len(content)
     logo = BrandLogo(f"{options.auth_issuer}/pages/{file}", media_type, size, sha256) if file else None
     return BrandObject(
-        name, shade, on_brand(shade), round(contrast(on_brand(shade), shade), 2), logo,
+        name, box_name(options, ""), shade, on_brand(shade), round(contrast(on_brand(shade), shade), 2), logo,
         BrandOrigins(*("option" if part is None else "set" for part in (row.name, row.color, row.logo_sha256))),
         iso(row.modified_at) if row.modified_at else None,
     )

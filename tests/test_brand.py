@@ -54,7 +54,7 @@ def logo_of(page):
 class TestChanges:
     def test_without_any_it_is_that_of_the_options(self, make_idp, tmp_path, page, get):
         assert get().json == {
-            "name": "", "color": "#1f5fbf", "text_color": "#ffffff", "contrast": 6.09, "logo": None,
+            "name": "", "host": "idp.example", "color": "#1f5fbf", "text_color": "#ffffff", "contrast": 6.09, "logo": None,
             "origins": {"name": "option", "color": "option", "logo": "option"}, "modified_at": None,
         }
         assert "<span>idp.example</span>" in page() and logo_of(page()) is None

@@ -1266,9 +1266,12 @@ class BrandOrigins(msgspec.Struct):
 
 
 class BrandObject(msgspec.Struct):
-    """The brand of the pages. `contrast` is that of `text_color` on `color`, 1 to 21. WCAG 2.2 §1.4.3"""
+    """The brand of the pages. `host` is shown where `name` is blank. `contrast` is that of `text_color` on `color`, 1 to
+    21. WCAG 2.2 §1.4.3
+    """
 
     name: str
+    host: str
     color: str
     text_color: str
     contrast: float

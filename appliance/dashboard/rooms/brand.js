@@ -80,7 +80,8 @@ function Preview({ name, color, logo }) {
     <iframe ref=${frame} class="preview" inert title=${t("brand_preview")} tabindex="-1" sandbox="allow-same-origin" src=${`preview?lang=${language}`} onLoad=${loaded}></iframe><//>`;
 }
 
-function Editor({ row, etag, host, adopt, reload }) {
+function Editor({ row, etag, adopt, reload }) {
+  const { host } = row;
   const files = useMemo(() => new Map(), []); // what is chosen here: its word in the form, {file, address}
   const chooser = useRef();
   const { act, busy, error } = useAct();
@@ -140,11 +141,9 @@ function Editor({ row, etag, host, adopt, reload }) {
     <${Preview} name=${name.trim() || host} color=${shade} logo=${address} /></div>`;
 }
 
-export default function Brand({ options }) {
+export default function Brand() {
   const found = useLoad((signal) => get("/brand", { signal }), []);
   if (!found.data) return found.error ? html`<${Failure} error=${found.error} retry=${found.reload} />` : html`<${Loading} />`;
-  const issuer = String(options?.find((row) => row.name === "oidc-issuer")?.value || "");
-  const host = URL.canParse(issuer) ? new URL(issuer).hostname : location.hostname;
   return html`<p class="quiet">${t("brand_text")}</p>
-    <${Editor} row=${found.data.data} etag=${found.data.etag} host=${host} adopt=${found.set} reload=${found.reload} />`;
+    <${Editor} row=${found.data.data} etag=${found.data.etag} adopt=${found.set} reload=${found.reload} />`;
 }

@@ -90,5 +90,5 @@ export default function Settings({ segments, query }) {
   return html`<${Head} title=${t("settings")}>${swagger && html`<a class="button" href="../swagger">${t("api_description")}</a>`}<//>
     <${Tabs} base=${["settings"]} label=${t("parts_of_settings")} current=${tab}
       tabs=${["options", "brand", "upkeep"].map((one) => ({ id: one, label: t(`settings_${one}`) }))} />
-    ${tab === "brand" ? html`<${found.data || found.error ? Brand : Loading} options=${found.data} />` : tab === "upkeep" ? html`<${Upkeep} />` : html`<${Options} query=${query} found=${found} />`}`;
+    ${tab === "brand" ? html`<${Brand} />` : tab === "upkeep" ? html`<${Upkeep} />` : html`<${Options} query=${query} found=${found} />`}`;
 }
