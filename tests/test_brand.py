@@ -173,6 +173,8 @@ class TestProcesses:
 
 
 class TestPicture:
+    """PNG §5.2, RFC 9649 §2.4"""
+
     GOOD = [
         (PNG, "image/png"), (b"\xff\xd8\xff\xe0" + bytes(16), "image/jpeg"),
         (b"RIFF\x10\0\0\0WEBPVP8 " + bytes(8), "image/webp"), (SVG, "image/svg+xml"),

@@ -1266,8 +1266,9 @@ class BrandOrigins(msgspec.Struct):
 
 
 class BrandObject(msgspec.Struct):
-    """The brand of the pages. `host` is shown where `name` is blank. `contrast` is that of `text_color` on `color`, 1 to
-    21. WCAG 2.2 §1.4.3
+    """The brand of the pages. `host` is shown where `name` is blank.
+
+    `contrast` is that of `text_color` on `color`, 1 to 21. WCAG 2.2 §1.4.3
     """
 
     name: str
