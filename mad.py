@@ -3271,8 +3271,10 @@ def set_brand(client: MadClient, name: str | None = None, color: str | None = No
 def flat_brand(brand: dict) -> dict:
     """Return a brand with a sentence in place of its picture."""
     logo, origins = brand.get("logo") or {}, brand.get("origins") or {}
-    shown = f"{logo.get('media_type')}, {logo.get('bytes')} bytes, {logo.get('uri')}" if logo else "none"
-    return {**brand, "logo": shown, "from": ", ".join(f"{part}: {origin}" for part, origin in origins.items())}
+    shown = "{media_type}, {bytes} bytes, {uri}".format_map(_BlankIfMissing(logo)) if logo else "none"
+    name = brand.get("name") or f"{brand.get('host')} (the issuer's host)"
+    from_where = ", ".join(f"{part}: {origin}" for part, origin in origins.items())
+    return {**brand, "name": name, "logo": shown, "from": from_where}
 
 
 def render_brand(brand: dict) -> list[str]:

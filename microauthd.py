@@ -2215,7 +2215,7 @@ def change_brand(idp: Idp, caller: Caller, change: ChangeBrand) -> BrandObject:
             if value is not UNSET:
                 parsed[member] = None if value is None else read(value)
         except ValueError as error:
-            errors[member] = str(error)
+            errors[member] = str(error).partition(";")[0]  # the rest is about the file of the options
     reject(**errors)
     logo = None
     if "logo" in parsed:
