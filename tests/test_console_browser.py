@@ -449,6 +449,20 @@ class TestLooks:
         expect(page.get_by_role("dialog")).to_have_count(0)
         expect(page.get_by_role("heading", name="Applications")).to_be_visible()
 
+    def test_what_was_done_leaves_the_screen_of_a_telephone_and_never_lies_over_a_button(self, console):
+        page = console("#/applications/web/rights", width=360, height=740, has_touch=True, is_mobile=True)
+        toast = page.locator(".toast")
+        page.get_by_label("fetches tokens for itself").tap()
+        page.get_by_role("button", name="Save").tap()
+        expect(toast).to_contain_text("Saved")
+        box = toast.bounding_box()
+        page.touchscreen.tap(box["x"] + 20, box["y"] + 10)  # a finger is gone without saying so
+        page.get_by_label("fetches tokens for itself").tap()
+        page.get_by_role("button", name="Save").tap()  # fails if anything lies over it
+        expect(page.get_by_role("button", name="Save")).to_be_disabled()
+        expect(toast.filter(visible=True)).to_have_count(1)
+        expect(toast).to_have_count(0, timeout=12000)
+
     def test_nothing_is_asked_of_anybody_else(self, visit):
         page = visit()
         asked = []

@@ -1,4 +1,5 @@
-// What was done, for eight seconds; longer while it is hovered or focused. Failures stay where they happened instead.
+// What was done, for eight seconds; longer while a mouse is over it or it has the focus. A finger leaves nothing behind
+// that would tell when it is gone. Failures stay where they happened instead.
 //
 //   toast(t("saved"), { undo: () => send("POST", "/roles/unassign", …) })
 import { signal } from "../vendor/signals.js";
@@ -33,8 +34,8 @@ function Toast({ id, text, undo }) {
       toast(explain(error));
     }
   };
-  return html`<div class="toast" onMouseEnter=${() => setHeld(true)} onMouseLeave=${() => setHeld(false)}
-    onFocusIn=${() => setHeld(true)} onFocusOut=${() => setHeld(false)}>
+  return html`<div class="toast" onPointerEnter=${(event) => setHeld(event.pointerType === "mouse")} onPointerLeave=${() => setHeld(false)}
+    onFocusIn=${(event) => setHeld(event.target.matches(":focus-visible"))} onFocusOut=${() => setHeld(false)}>
     <span>${text}</span>
     ${undo && html`<${Button} busy=${busy} onClick=${takeBack}>${t("undo")}<//>`}
     <${Button} kind="plain" icon="close" label=${t("close")} onClick=${() => drop(id)} />
