@@ -1,8 +1,10 @@
 """The console of ADMIN: its session, what a cookie may do, fresh proofs, and the files it is made of."""
 
+import ast
 import gzip
 import json
 import re
+from pathlib import Path
 
 import microauthd as m
 import pyotp
@@ -564,6 +566,30 @@ class TestSource:
         source = "\n".join(modules.values())
         used = set(re.findall(r"""\bt\(\s*["']([a-z0-9_]+)["']""", source))
         assert used <= set(english), sorted(used - set(english))
+
+    def test_every_action_that_is_audited_has_words(self, idp):
+        """The actions are the texts that the code gives to a parameter of this name."""
+        trees = [ast.parse(file.read_text()) for file in (Path(m.__file__), *Path(m.__file__).parent.glob("appliance/*.py"))]
+        calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        takers = {
+            node.name: [argument.arg for argument in node.args.args].index("action")
+            for tree in trees for node in ast.walk(tree)
+            if isinstance(node, ast.FunctionDef) and "action" in [argument.arg for argument in node.args.args]
+        }
+        gaps = {"uri": m.URI_KINDS, "scope": ("user", "client")}
+        actions = set()
+        for call in calls:
+            place = takers.get(getattr(call.func, "id", ""), len(call.args))
+            for given in call.args[place : place + 1]:
+                if isinstance(given, ast.JoinedStr):  # f"{kind}_uri_added"
+                    text = "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in given.values)
+                    actions |= {text.format(kind) for kind in gaps["uri" if "uri" in text else "scope"]}
+                else:
+                    parts = [part.value for part in ast.walk(given) if isinstance(part, ast.Constant)]
+                    actions |= {part for part in parts if isinstance(part, str)}
+        assert len(actions) > 80 and {"redirect_uri_added", "user_created"} <= actions
+        words = idp.pages.texts["en"]["console"]
+        assert sorted(action for action in actions if f"action_{action}" not in words) == []
 
     def test_a_word_has_the_same_gaps_in_every_language(self, idp):
         english, german = (idp.pages.texts[language]["console"] for language in ("en", "de"))

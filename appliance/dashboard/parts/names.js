@@ -17,6 +17,7 @@ async function find(id, kind) {
     ["clients", (row) => ({ name: row.display_name || row.client_id, to: ["applications", row.client_id] })],
     ["roles", (row) => ({ name: row.name, to: ["roles", row.name] })],
     ["scopes", (row) => ({ name: row.name, to: ["scopes", row.name] })],
+    ["permissions", (row) => ({ name: row.name, to: ["permissions", row.name] })],
   ];
   for (const [noun, read] of nouns.sort(([one], [other]) => Number(other === kind) - Number(one === kind))) {
     try {
@@ -28,7 +29,7 @@ async function find(id, kind) {
   return null;
 }
 
-/** The name of a user, client, role or scope by its id; other texts, such as `system`, are themselves. `kind` says what
+/** The name of a user, client, role, scope or permission by its id; other texts, such as `system`, are themselves. `kind` says what
  * it probably is: "roles". */
 export function Who({ id, link, kind }) {
   if (!UUID.test(id)) return html`<${Name} text=${has(`actor_${id}`) ? t(`actor_${id}`) : id || "–"} />`;
@@ -40,6 +41,18 @@ export function Who({ id, link, kind }) {
   const shown = html`<${Name} text=${found?.name || id.slice(0, 8)} />`;
   return link && found && rooms.has(found.to[0]) ? html`<a href=${href(found.to)}>${shown}</a>` : shown;
 }
+
+// Of what the ids of a row of the audit log are, by its action: those of the target and of the details.
+const NOUNS = [
+  [/^permission_unassigned/, ["roles", "permissions"]], [/permission/, ["permissions", "roles"]],
+  [/^role_(un)?assigned/, ["users", "roles"]], [/role/, ["roles"]],
+  [/^remove_scope_from/, ["scopes", "users"]], [/^assign_scope_to/, ["users"]], [/scope/, ["scopes"]],
+];
+const nounsOf = (action) => (NOUNS.find(([pattern]) => pattern.test(action)) || [])[1] || [];
+
+/** Whom or what a row of the audit log is about, and the rest that it says. */
+export const Target = ({ row, link }) => html`<${Who} id=${row.target} link=${link} kind=${nounsOf(row.action)[0]} />`;
+export const Details = ({ row, link }) => html`<${Who} id=${row.secondary} link=${link} kind=${nounsOf(row.action)[1]} />`;
 
 /** What an action of the audit log is called: there are words for most. */
 export const Deed = ({ action }) => has(`action_${action}`) ? t(`action_${action}`) : html`<code>${visible(action)}</code>`;

@@ -6,7 +6,7 @@ import { compare, exact, has, stamp, t } from "../words.js";
 import { Button, Card, Empty, Facts, Failure, Head, href, html, Loading, Name, State, useAct, useEffect, useLoad, useRef, useState, visible, When } from "../parts/base.js";
 import { Copy } from "../parts/copy.js";
 import { Filters } from "../parts/filters.js";
-import { Who } from "../parts/names.js";
+import { Deed, Details, Target, Who } from "../parts/names.js";
 import { useList, Table, PAGE } from "../parts/table.js";
 
 const SINCE = { "1h": 3600, "1d": 86400, "7d": 604800, "30d": 2592000 };
@@ -16,11 +16,7 @@ const UUID = /^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$/i;
 const TEXTS = ["target", "ip_address", "request_id", "about"];
 
 export const inWords = (action) => (has(`action_${action}`) ? t(`action_${action}`) : action);
-const Deed = ({ action }) => has(`action_${action}`) ? t(`action_${action}`) : html`<code>${visible(action)}</code>`;
 const Result = ({ row }) => row.result === "failure" ? html`<${State} kind="bad">${t("refused")}<//>` : html`<span class="quiet">${t("done")}</span>`;
-
-/** Whom a row is about: a person, by id, or something by its name. */
-const Target = ({ id, link }) => UUID.test(id) ? html`<${Who} id=${id} link=${link} />` : html`<${Name} text=${id} />`;
 
 const ids = new Map(); // of names that were looked for: the log holds ids of people
 
@@ -147,7 +143,9 @@ const COLUMNS = [
   { id: "at", label: t("time"), cell: (row) => html`<time class="figures-only" datetime=${row.timestamp} title=${exact(row.timestamp)}>${stamp(row.timestamp)}</time>` },
   { id: "who", label: t("who"), cell: (row) => html`<${Who} id=${row.actor_id} />` },
   { id: "action", label: t("deed"), cell: (row) => html`<${Deed} action=${row.action} />` },
-  { id: "target", label: t("target"), cell: (row) => row.target && row.target !== row.actor_id ? html`<${Target} id=${row.target} />` : html`<span class="quiet none">–</span>` },
+  { id: "target", label: t("target"), cell: (row) => !(row.target && row.target !== row.actor_id) && !row.secondary ? html`<span class="quiet none">–</span>`
+    : html`${row.target && row.target !== row.actor_id && html`<${Target} row=${row} />`}
+      ${row.secondary && html`<span class="quiet small clip"><${Details} row=${row} /></span>`}` },
   { id: "result", label: t("result"), cell: (row) => html`<${Result} row=${row} />` },
   { id: "address", label: t("address"), cell: (row) => html`<span class="mono">${visible(row.ip_address) || "–"}</span>` },
 ];
@@ -206,8 +204,8 @@ function One({ id, query }) {
         [t("time"), html`${exact(row.timestamp)} <span class="quiet">· <${When} at=${row.timestamp} /></span>`],
         [t("who"), html`<${Who} id=${row.actor_id} link /> ${UUID.test(row.actor_id) && html`<span class="quiet mono">${row.actor_id}</span>`}`],
         [t("deed"), html`<${Deed} action=${row.action} /> ${has(`action_${row.action}`) && html`<code class="quiet">${visible(row.action)}</code>`}`],
-        [t("target"), row.target ? html`<${Target} id=${row.target} link /> ${UUID.test(row.target) && html`<span class="quiet mono">${row.target}</span>`}` : "–"],
-        [t("details"), row.secondary ? html`<code>${visible(row.secondary)}</code>` : "–"],
+        [t("target"), row.target ? html`<${Target} row=${row} link /> ${UUID.test(row.target) && html`<span class="quiet mono">${row.target}</span>`}` : "–"],
+        [t("details"), row.secondary ? html`<${Details} row=${row} link /> ${UUID.test(row.secondary) && html`<span class="quiet mono">${row.secondary}</span>`}` : "–"],
         [t("result"), html`<${Result} row=${row} />`],
         [t("address"), html`<span class="mono">${visible(row.ip_address) || "–"}</span>`],
         [t("browser"), row.user_agent ? html`<${Name} text=${row.user_agent} />` : "–"],

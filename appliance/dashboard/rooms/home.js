@@ -6,7 +6,7 @@ import { Button, Card, Failure, Head, html, Icon, Loading, Name, State, useEffec
 import { Chart } from "../parts/chart.js";
 import { Copy } from "../parts/copy.js";
 import { ask } from "../parts/dialog.js";
-import { Who } from "../parts/names.js";
+import { Deed, Details, Target, Who } from "../parts/names.js";
 import { toast } from "../parts/toast.js";
 
 const RANGES = ["1h", "1d", "7d"];
@@ -129,7 +129,8 @@ function Changes() {
     <${Failure} error=${found.error} retry=${found.reload} />
     ${found.data ? html`<ul class="rows log">${found.data.map((row) => html`<li key=${row.id}><span class="quiet"><${When} at=${row.timestamp} /></span>
       <span class="strong"><${Who} id=${row.actor_id} link /></span>
-      <span>${has(`action_${row.action}`) ? t(`action_${row.action}`) : html`<code>${visible(row.action)}</code>`} ${row.target && row.target !== row.actor_id && html`<span class="quiet"><${Who} id=${row.target} link /></span>`}</span>
+      <span><${Deed} action=${row.action} /> ${row.target && row.target !== row.actor_id && html`<span class="quiet"><${Target} row=${row} link /></span>`}
+        ${row.secondary && html` <span class="quiet small">· <${Details} row=${row} link /></span>`}</span>
       ${row.result && row.result !== "success" && html`<${State} kind="bad">${t("refused")}<//>`}</li>`)}</ul>` : !found.error && html`<${Loading} />`}<//>`;
 }
 

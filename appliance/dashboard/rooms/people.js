@@ -10,7 +10,7 @@ import { ask, Dialog } from "../parts/dialog.js";
 import { Factor } from "../parts/factor.js";
 import { Filters } from "../parts/filters.js";
 import { Check, Field, Form, Select, useForm, useRecord } from "../parts/form.js";
-import { Deed, Who } from "../parts/names.js";
+import { Deed, Details, Who } from "../parts/names.js";
 import { SecretOnce } from "../parts/secret.js";
 import { Table, useList, whole } from "../parts/table.js";
 import { toast } from "../parts/toast.js";
@@ -389,7 +389,7 @@ function History({ user }) {
       { id: "action", label: t("what"), cell: (row) => html`<${Deed} action=${row.action} />
         ${row.target && row.target !== row.actor_id && html` <span class="quiet">${isIt(row.target)}</span>`}
         ${row.result && row.result !== "success" && html` <${State} kind="bad">${t("refused")}<//>`}
-        ${row.secondary && row.secondary !== user.id && html`<span class="quiet small under"><${Who} id=${row.secondary} link kind=${row.action.startsWith("role_") ? "roles" : ""} /></span>`}` },
+        ${row.secondary && row.secondary !== user.id && html`<span class="quiet small under"><${Details} row=${row} link /></span>`}` },
       { id: "ip_address", label: t("address"), cell: (row) => row.ip_address ? html`<span class="mono">${row.ip_address}</span>` : html`<span class="quiet none">–</span>` },
     ]} /><//>`;
 }
