@@ -567,6 +567,101 @@ class TestSource:
         used = set(re.findall(r"""\bt\(\s*["']([a-z0-9_]+)["']""", source))
         assert used <= set(english), sorted(used - set(english))
 
+    REFUSED = [  # (method, path, body): what a form of the console may send
+        ("POST", "/users", {"username": ".", "email": "no address", "password": "short"}),
+        ("POST", "/users", {"username": "\x07", "password": "p" * 2000}),
+        ("POST", "/users", {"username": "b" * 300, "password": "password1234"}),
+        ("POST", "/users", {"username": "carolus", "password": "carolus\0carolus"}),
+        ("POST", "/users", {"username": "12345678-1234-1234-1234-123456789abc", "password": "carolus carolus"}),
+        ("POST", "/users/alice/set-lockout", {"lockout_until": "2000-01-01T00:00:00Z", "reason": "x\x07"}),
+        ("POST", "/clients", {"client_id": "a b", "display_name": "\x07"}),
+        ("POST", "/clients", {"client_id": "new", "redirect_uris": ["app.example", "https://a/#b", "http://a.example/"]}),
+        ("POST", "/clients", {"client_id": "new", "client_type": "public", "cors_origins": ["https://A.example/"]}),
+        ("POST", "/clients/service/idp", {"provider_key": "a b", "issuer": "nowhere"}),
+        ("POST", "/client/options/TOKEN_EXPIRATION/ext", {"client_id": "service", "options": "soon"}),
+        ("POST", "/roles", {"name": "."}), ("POST", "/permissions", {"name": "\x07"}), ("POST", "/scopes", {"name": 'a"b'}),
+        ("POST", "/users/alice/recovery-codes", None),
+    ]
+
+    @pytest.mark.parametrize("method, path, body", REFUSED)
+    def test_what_a_form_is_refused_for_has_words(self, tab, idp, alice, service, method, path, body):
+        answer = tab(method, path, body)
+        assert answer.status == 400 and answer.json["errors"]
+        for text in answer.json["errors"].values():
+            said = re.split("[;(]", re.sub(r"^\S+: ", "", text))[0].lower()  # "https://one.example: must …"
+            key = "wrong_" + re.sub(r"[^a-z]+", "_", re.sub(r"\d+", "n", said)).strip("_")
+            assert key in idp.pages.texts["de"]["console"], (key, text)
+
+    NO_ROOM = {  # route: why no room leads there
+        "GET /ping": "it says nothing", "GET /version": "/status has it", "GET /health/ready": "/status has it",
+        "GET /": "leads here", "GET /dashboard/": "is the console", "GET /dashboard/files/<version>/<name:path>": "is the console",
+        "GET /.well-known/microauthd/ca.pem": "for programs, before they trust the box",
+        "POST /token": "for clients with a bearer token", "POST /logout": "for clients with a bearer token",
+        "GET /metrics": "for programs; Home draws them", "GET /openapi.json": "Settings leads to the page that shows it",
+        "GET /swagger/rapidoc-min.js": "belongs to that page",
+        "GET /users/id-by-name/<name>": "a GET by name does it", "GET /roles/id-by-name/<name>": "a GET by name does it",
+        "GET /permissions/id-by-name/<name>": "a GET by name does it", "GET /scopes/id-by-name/<name>": "a GET by name does it",
+        "GET /clients/id-by-name/<name>": "a GET by name does it", "GET /permissions/retrieve/all": "another name of a list",
+        "POST /users/verify-password": "a second sign-in would be a second place to guess at",
+        "POST /users/<id>/totp/generate": "writes a file on the box; the room shows the picture",
+        "POST /users/<id>/<client_id>/disable-totp": "another name of /users/<id>/disable-totp",
+        "POST /users/<id>/verify-email": "PUT /users/<id> does it", "PUT /users/<id>/scopes": "one is given and taken at a time",
+        "GET /roles/user/<id>": "another name of /users/<id>/roles", "GET /permissions/user/<id>": "the roles say it, with by which",
+        "POST /permissions/assign": "another name of /roles/<id>/permissions",
+        "POST /scopes/assign-to-user": "another name of /users/<id>/scopes",
+        "POST /scopes/remove-from-user": "another name of /users/<id>/scopes",
+        "GET /client/options/<flag>": "/clients/<id>/options has all", "GET /client/options/<flag>/ext": "/clients/<id>/options has all",
+        "GET /clients/<id>/idp/<idp_id>": "the list has all of it", "GET /sessions/user/<id>": "/sessions?user_id= goes on behind an id",
+    }
+    PIECEWISE = {  # route: (module, what makes its path there, for it is not in one piece)
+        "POST /users/<id>/totp/enroll": ("parts/factor.js", 'at("totp", "enroll")'),
+        "POST /users/<id>/totp/verify": ("parts/factor.js", 'at("totp", "verify")'),
+        "DELETE /clients/<id>/scopes/<scope_id>": ("rooms/applications.js", 'send("DELETE", `${base}/${encodeURIComponent(scope.id)}`)'),
+        "DELETE /clients/<id>/redirect-uris/<record_id>": ("rooms/applications.js", 'send("DELETE", `${base}/${encodeURIComponent(row.id)}`)'),
+        "DELETE /clients/<id>/post-logout-redirect-uris/<record_id>": ("rooms/applications.js", 'at="post-logout-redirect-uris"'),
+        "DELETE /clients/<id>/cors-origins/<record_id>": ("rooms/applications.js", 'at="cors-origins"'),
+        "PUT /clients/<id>/idp/<idp_id>": ("rooms/applications.js", 'send("PUT", path(...base, row.id), values)'),
+        "GET /swagger": ("rooms/settings.js", 'href="../swagger"'),
+    }
+
+    def test_every_route_is_reached_from_some_room_or_listed_with_the_reason(self, modules):
+        asked = []  # (methods, the segments of a path with {} for what is put in, the module)
+        for text in modules.values():
+            for line in text.splitlines():
+                made = [
+                    [part.strip()[1:-1] if part.strip()[0] == '"' else "{}" for part in re.split(r",\s*", parts)]
+                    for parts in re.findall(r"\bpath\(((?:[^()]|\([^()]*\))+)\)", line)
+                ]
+                made += [
+                    re.sub(r"\$\{[^}]*\}?", "{}", literal.partition("?")[0]).split("/")
+                    for literal in re.findall(r"""["`]/([a-z][^"`\s]*)""", line)
+                ]
+                methods = set(re.findall(r'"(POST|PUT|DELETE)"', line))
+                if not methods or re.search(r"\b(get|all|useList|optional|count)\(", line):
+                    methods.add("GET")
+                    methods |= set() if re.search(r"\b(get|all|useList|optional|count)\(", line) else {"POST", "PUT", "DELETE"}
+                asked += [(methods, segments, text) for segments in made]
+
+        def is_asked(method, path):
+            wanted = re.sub(r"<[^>]*>", "{}", path)[1:].split("/")
+            return any(
+                method in methods and len(segments) == len(wanted) and all(
+                    there == here or "{}" in here and (there == "{}" or f'"{there}"' in text)
+                    for there, here in zip(wanted, segments, strict=True)
+                )
+                for methods, segments, text in asked
+            )
+
+        missing, stale = [], set(self.NO_ROOM)
+        for route in m.ADMIN.routes:
+            for method in route.methods:
+                name = f"{method} {route.paths[0]}"
+                stale.discard(name)
+                module, piece = self.PIECEWISE.get(name, ("", ""))
+                if not (name in self.NO_ROOM or piece and piece in modules[module] or any(is_asked(method, path) for path in route.paths)):
+                    missing.append(name)
+        assert (missing, stale) == ([], set())
+
     def test_every_action_that_is_audited_has_words(self, idp):
         """The actions are the texts that the code gives to a parameter of this name."""
         trees = [ast.parse(file.read_text()) for file in (Path(m.__file__), *Path(m.__file__).parent.glob("appliance/*.py"))]

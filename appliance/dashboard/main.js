@@ -20,7 +20,7 @@ import { render } from "./vendor/preact.js";
 import { ended, get, resume, session, signOut, silent, watch } from "./api.js";
 import { follow, rooms } from "./route.js";
 import { clock, loadWords, t } from "./words.js";
-import { Button, Failure, Head, href, html, Icon, Loading, route, useEffect, useRef, useState } from "./parts/base.js";
+import { Button, exactly, Failure, Head, href, html, Icon, Loading, route, useEffect, useRef, useState } from "./parts/base.js";
 import { ask, Dialog, Dialogs } from "./parts/dialog.js";
 import { isOpen, listen, Palette } from "./parts/palette.js";
 import { Toasts } from "./parts/toast.js";
@@ -57,6 +57,7 @@ const ACTS = () => [
   { icon: "settings", name: t("brand"), kind: t("kind_act"), to: ["settings", "brand"] },
   { icon: "settings", name: t("upkeep"), kind: t("kind_act"), to: ["settings", "upkeep"] },
   { icon: "me", name: t("end_other_sessions"), kind: t("kind_act"), to: ["me"] },
+  { icon: "audit", name: t(exactly.value ? "times_relative" : "times_exact"), kind: t("kind_act"), run: () => { exactly.value = !exactly.value; } },
 ];
 
 ROOMS.forEach((room) => rooms.add(room.address));

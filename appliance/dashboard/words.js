@@ -47,6 +47,7 @@ export function duration(ms) {
 const relative = new Intl.RelativeTimeFormat(locale, { numeric: "auto" });
 const exactForm = new Intl.DateTimeFormat(locale, { dateStyle: "full", timeStyle: "long" });
 const dayForm = new Intl.DateTimeFormat(locale, { day: "numeric", month: "short", year: "numeric" });
+const datedForm = new Intl.DateTimeFormat(locale, { dateStyle: "medium", timeStyle: "short" });
 const timeForm = new Intl.DateTimeFormat(locale, { hour: "2-digit", minute: "2-digit" });
 const momentForm = new Intl.DateTimeFormat(locale, { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" });
 const stampForm = new Intl.DateTimeFormat(locale, {
@@ -65,6 +66,7 @@ export function ago(moment) {
 }
 
 export const exact = (moment) => exactForm.format(Date.parse(moment));
+export const dated = (moment) => datedForm.format(Date.parse(moment));
 export const stamp = (moment) => stampForm.format(Date.parse(moment));
 export const moment = (time) => momentForm.format(Date.parse(time));
 export const clock = (moment) => timeForm.format(Date.parse(moment));

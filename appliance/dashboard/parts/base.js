@@ -3,8 +3,9 @@
 import { h, Fragment } from "../vendor/preact.js";
 import { useCallback, useEffect, useId, useMemo, useRef, useState } from "../vendor/hooks.js";
 import htm from "../vendor/htm.js";
+import { signal } from "../vendor/signals.js";
 import { session, ended } from "../api.js";
-import { ago, exact, explain, t } from "../words.js";
+import { ago, dated, exact, explain, t } from "../words.js";
 import { go, href, route } from "../route.js";
 
 export const html = htm.bind(h);
@@ -16,14 +17,20 @@ const SYMBOLS = new URL("../symbols.svg", import.meta.url).href;
 export const Icon = ({ name }) =>
   html`<svg class="icon" aria-hidden="true" focusable="false"><use href=${`${SYMBOLS}#${name}`} /></svg>`;
 
-/** A moment: relative, with the exact time in a title and for focus; `none` where there is none. */
-export function When({ at, none = "–" }) {
+export const exactly = signal(false); // whether moments are shown as dates: the palette changes it, and a tap on any of them
+
+const toggle = (event) => {
+  if (!event.target.closest("a, button, label")) exactly.value = !exactly.value;
+};
+
+/** A moment: relative, with the exact time in a title, or `fixed` as a date; `none` where there is none. */
+export function When({ at, none = "–", fixed }) {
   const [, tick] = useState(0);
   useEffect(() => {
     const timer = setInterval(() => tick((count) => count + 1), 30000);
     return () => clearInterval(timer);
   }, []);
-  return at ? html`<time datetime=${at} title=${exact(at)}>${ago(at)}</time>` : html`<span class="quiet none">${none}</span>`;
+  return at ? html`<time datetime=${at} title=${exact(at)} onClick=${toggle}>${exactly.value || fixed ? dated(at) : ago(at)}</time>` : html`<span class="quiet none">${none}</span>`;
 }
 
 // Characters that show nothing or change the order of others: a name must not pose as another one. Unicode TR 36.

@@ -133,10 +133,13 @@ export function Conflict({ form, names }) {
   </div>`;
 }
 
-/** A sentence of the box about a member, in the reader's language where we have it: by its first part. */
+/** A sentence of the box about a member, in the reader's language where we have it: by its first part, numbers as n. */
 export const reason = (text) => {
-  const key = `wrong_${String(text).split(/[;(]/)[0].toLowerCase().replace(/[^a-z0-9]+/g, "_").replace(/^_|_$/g, "")}`;
-  return has(key) ? t(key) : visible(text);
+  const said = String(text).split(/[;(]/)[0].toLowerCase();
+  const key = `wrong_${said.replace(/\d+/g, "n").replace(/[^a-z]+/g, "_").replace(/^_|_$/g, "")}`;
+  if (has(key)) return t(key, { n: Number(said.match(/\d+/g)?.at(-1) || 0) });
+  const [, one, why] = /^(\S+): (.+)$/.exec(text) || []; // one address of several
+  return one ? `${visible(one)}: ${reason(why)}` : visible(text);
 };
 
 /** A labelled field with hint and error. `control(props)` draws the input; without it, an <input>. */

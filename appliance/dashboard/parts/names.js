@@ -52,7 +52,11 @@ const nounsOf = (action) => (NOUNS.find(([pattern]) => pattern.test(action)) || 
 
 /** Whom or what a row of the audit log is about, and the rest that it says. */
 export const Target = ({ row, link }) => html`<${Who} id=${row.target} link=${link} kind=${nounsOf(row.action)[0]} />`;
-export const Details = ({ row, link }) => html`<${Who} id=${row.secondary} link=${link} kind=${nounsOf(row.action)[1]} />`;
+export function Details({ row, link }) {
+  const noun = nounsOf(row.action)[1];
+  if (noun) return html`<${Who} id=${row.secondary} link=${link} kind=${noun} />`;
+  return known.value[row.target]?.name === row.secondary ? null : html`<${Name} text=${row.secondary} />`;
+}
 
 /** What an action of the audit log is called: there are words for most. */
 export const Deed = ({ action }) => has(`action_${action}`) ? t(`action_${action}`) : html`<code>${visible(action)}</code>`;

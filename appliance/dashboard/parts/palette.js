@@ -24,7 +24,7 @@ const LISTS = [
     read: (row) => ({ name: row.name, more: row.description, to: ["scopes", row.name] }) },
 ];
 
-/** `fixed` are the rooms and acts: [{ name, icon, to, kind }]; of a room that is not there nothing is asked. */
+/** `fixed` are the rooms and acts: [{ name, icon, to or run, kind }]; of a room that is not there nothing is asked. */
 export function Palette({ fixed }) {
   const [text, setText] = useState("");
   const [found, setFound] = useState([]);
@@ -63,6 +63,7 @@ export function Palette({ fixed }) {
   const close = () => { isOpen.value = false; };
   const open = (row) => {
     close();
+    if (row.run) return row.run();
     if (row.token) inspected.value = row.token;
     go(row.to, row.query);
   };

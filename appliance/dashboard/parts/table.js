@@ -13,10 +13,10 @@ export const PAGE = 50;
 
 /**
  * A page of a list of ADMIN. `filters` go into its query; page and sort come from the URL. `inner` is for a list within
- * the page of something that stands beside its own list: it has a page of its own.
+ * the page of something that stands beside its own list: it has a page of its own, and a second one gives it a name.
  */
 export function useList(path, filters = {}, { size = PAGE, sort: usual = "", inner = false } = {}) {
-  const named = inner ? "at" : "page";
+  const named = inner === true ? "at" : inner || "page";
   const { [named]: page = "1" } = route.value.query;
   const sort = (!inner && route.value.query.sort) || usual;
   const at = Math.max(1, Number(page) || 1);

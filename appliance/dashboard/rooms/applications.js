@@ -1,15 +1,16 @@
 // Applications: the list, making one by what it is, and the page of each.
 import { all, get, path, send } from "../api.js";
-import { go, href } from "../route.js";
-import { t } from "../words.js";
+import { go, href, setQuery } from "../route.js";
+import { has, t } from "../words.js";
 import {
-  Button, Card, Empty, Facts, Failure, Head, html, Loading, Name, State, Tabs, useLoad, useMemo, useState, visible, When,
+  Button, Card, Empty, Facts, Failure, Head, html, Loading, Name, State, Tabs, useAct, useLoad, useMemo, useRef, useState, visible, When,
 } from "../parts/base.js";
-import { ask } from "../parts/dialog.js";
+import { ask, Dialog } from "../parts/dialog.js";
 import { Filters } from "../parts/filters.js";
 import { Check, Field, Form, Lines, reason, Select, useForm } from "../parts/form.js";
 import { Claims } from "../parts/jwt.js";
 import { Who } from "../parts/names.js";
+import { Person } from "../parts/person.js";
 import { SecretOnce } from "../parts/secret.js";
 import { Table, useList, whole } from "../parts/table.js";
 import { toast } from "../parts/toast.js";
@@ -40,23 +41,33 @@ let fresh = null; // { client_id, secret, note }: the secret that was just made,
 
 // -- the list --
 
-const useClients = (query) => useList("/clients", { q: query.q, client_type: query.client_type, is_active: query.is_active },
+const CLEAR = { q: "", page: "", client_type: "", grant_type: "", is_active: "" };
+
+const useClients = (query) => useList("/clients", {
+  q: query.q, client_type: query.client_type, grant_type: query.grant_type, is_active: query.is_active,
+},
   { sort: "display_name" });
 
 function List({ query, current }) {
   const list = useClients(query);
+  const choices = [
+    { name: "client_type", label: t("type"), options: ["confidential", "public"].map((value) => ({ value, label: t(`only_${value}`) })) },
+    { name: "grant_type", label: t("grants"), options: GRANTS.map((value) => ({ value, label: t(`grant_${value}`) })) },
+    { name: "is_active", label: t("state"), options: [{ value: "true", label: t("on") }, { value: "false", label: t("off") }] },
+  ];
   const columns = [
     { id: "display_name", label: t("name"), sort: true, cell: (row) => html`<span class="strong"><${Name} text=${row.display_name || row.client_id} /></span>
       <span class="quiet small under"><${Name} text=${row.client_id} /></span>` },
     { id: "kind", label: t("kind"), kind: current ? "gone" : "", cell: (row) => html`${kindOf(row)}${!row.is_first_party && html` <span class="quiet">· ${t("third_party")}</span>`}` },
+    { id: "last_token_at", label: t("last_token"), kind: current ? "gone" : "", cell: (row) => html`<${When} at=${row.last_token_at} none=${t("never")} />` },
     { id: "created_at", label: t("made"), sort: true, kind: current ? "gone" : "", cell: (row) => html`<${When} at=${row.created_at} />` },
     { id: "is_active", label: t("state"), cell: (row) => row.is_active ? html`<${State} kind="on">${t("on")}<//>` : html`<${State} kind="off">${t("off")}<//>` },
   ];
   const make = html`<${Button} kind=${current ? "" : "primary"} icon="plus" onClick=${() => go(["applications", "new"])}>${t("make_application")}<//>`;
   return html`<${Head} title=${t("applications")} level=${current ? 2 : 1}>${make}<//>
-    <${Filters} label=${t("search_applications")} total=${list.total} />
+    <${Filters} label=${t("search_applications")} total=${list.total} choices=${choices} />
     <${Table} list=${list} columns=${columns} keyOf=${(row) => row.client_id} current=${current} caption=${t("applications")}
-      href=${(row) => href(["applications", row.client_id, "connect"], query)}
+      href=${(row) => href(["applications", row.client_id, "connect"], query)} clear=${() => setQuery(CLEAR)}
       empty=${html`<${Empty} title=${t("no_applications")} action=${make}>${t("no_applications_text")}<//>`} />`;
 }
 
@@ -79,9 +90,11 @@ function Make() {
     toast(t("application_made", { name: visible(data.display_name || data.client_id) }));
     go(["applications", data.client_id, data.client_secret ? "secrets" : "connect"]);
   }, { whole: true });
+  const below = useRef(); // what follows from the choice: on a telephone it lies under the edge
+  const show = () => setTimeout(() => innerWidth < 640 && below.current?.scrollIntoView());
   const head = html`<${Head} title=${t("what_is_it")} back=${{ href: href(["applications"]), label: t("applications") }} />`;
   const choice = html`<div class="kinds" role="radiogroup" aria-label=${t("what_is_it")}>${KINDS.map((one) => html`<label key=${one.id}
-    class=${`kind ${kind === one ? "chosen" : ""}`}><input type="radio" name="kind" checked=${kind === one} onChange=${() => setKind(one)} />
+    class=${`kind ${kind === one ? "chosen" : ""}`} onPointerUp=${show}><input type="radio" name="kind" checked=${kind === one} onChange=${() => setKind(one)} />
     <span class="strong">${t(`make_${one.id}`)}</span><span class="quiet small">${t(`make_${one.id}_text`)}</span></label>`)}</div>`;
   if (!kind) return html`${head}${choice}`;
   const name = (event) => {
@@ -89,7 +102,7 @@ function Make() {
     if (!typed) form.set("client_id", clientId(event.target.value));
   };
   return html`${head}${choice}
-    <${Card}><${Form} form=${form} submit=${t("make_application")} cancel=${html`<a class="button" href=${href(["applications"])}>${t("cancel")}</a>`}>
+    <div ref=${below} class="below"><${Card}><${Form} form=${form} submit=${t("make_application")} cancel=${html`<a class="button" href=${href(["applications"])}>${t("cancel")}</a>`}>
       <${Field} form=${form} name="display_name" label=${t("name")} hint=${t("name_hint")} onInput=${name} />
       <${Field} form=${form} name="client_id" label="client_id" mono hint=${t("client_id_hint")} required
         onInput=${(event) => { setTyped(true); form.set("client_id", event.target.value); }} />
@@ -101,7 +114,7 @@ function Make() {
         [t("grants"), kind.grant_types.length ? kind.grant_types.map((grant) => t(`grant_${grant}`)).join(" · ") : t("no_grants")],
         ["PKCE", kind.uris ? t(kind.client_type === "public" ? "pkce_required" : "pkce_offered") : null],
       ]} />
-    <//><//>`;
+    <//><//></div>`;
 }
 
 // -- the page of one --
@@ -214,11 +227,56 @@ function Uris({ client, kind, at, title, hint }) {
   <//>`;
 }
 
+const PROVIDER = { provider_key: "", display_name: "", issuer: "", client_identifier: "", scopes: "openid email profile" };
+
+/** The dialog that notes a provider, or changes the one that is there. */
+function Provider({ base, row, onClose, changed }) {
+  const form = useForm(row ? Object.fromEntries(Object.keys(PROVIDER).map((name) => [name, row[name]])) : PROVIDER, async (values) => {
+    await (row ? send("PUT", path(...base, row.id), values) : send("POST", path(...base), values));
+    onClose();
+    changed();
+    toast(t("saved"));
+  }, { whole: true });
+  return html`<${Dialog} title=${t(row ? "change_provider" : "add_provider")} onClose=${onClose}>
+    <${Form} form=${form} submit=${t(row ? "save" : "add")} last cancel=${html`<${Button} onClick=${onClose}>${t("cancel")}<//>`}>
+      <${Field} form=${form} name="provider_key" label=${t("provider_key")} hint=${t("provider_key_hint")} mono autofocus autocapitalize="off" spellcheck=${false} />
+      <${Field} form=${form} name="display_name" label=${t("name")} optional />
+      <${Field} form=${form} name="issuer" label=${t("issuer")} mono optional />
+      <${Field} form=${form} name="client_identifier" label=${t("client_there")} mono optional />
+      <${Field} form=${form} name="scopes" label=${t("scopes")} mono optional />
+    <//><//>`;
+}
+
+/** The providers elsewhere that an application names: it reads them, the box asks none of them. */
+function Providers({ client }) {
+  const base = ["clients", client.client_id, "idp"];
+  const found = useLoad((signal) => get(path("clients", client.client_id, "idp"), { signal }).then(({ data }) => data), [client.client_id]);
+  const [open, setOpen] = useState(null); // a row, or {} for a new one
+  const { act, busy, error } = useAct();
+  const remove = (row) => act(async () => {
+    await send("DELETE", path("clients", client.client_id, "idp", row.id));
+    found.reload();
+    toast(t("provider_removed", { name: visible(row.provider_key) }), { undo: async () => {
+      await send("POST", path("clients", client.client_id, "idp"), Object.fromEntries(Object.keys(PROVIDER).map((name) => [name, row[name]])));
+      found.reload();
+    } });
+  });
+  return html`<${Card} title=${t("providers")} actions=${html`<${Button} onClick=${() => setOpen({})}>${t("add_dots")}<//>`}>
+    <${Failure} error=${error || found.error} retry=${found.error && found.reload} />
+    ${found.data?.length === 0 && html`<p class="quiet">${t("no_providers")}</p>`}
+    <ul class="rows">${found.data?.map((row) => html`<li key=${row.id}><span class="wrap"><span class="strong"><${Name} text=${row.display_name || row.provider_key} /></span>
+        ${" "}<code class="quiet"><${Name} text=${row.issuer || row.provider_key} /></code></span>
+      <span class="pair"><${Button} kind="small" label=${t("change_what", { what: visible(row.provider_key) })} onClick=${() => setOpen(row)}>${t("change")}<//>
+        <${Button} kind="small" busy=${busy} label=${t("remove_what", { what: visible(row.provider_key) })} onClick=${() => remove(row)}>${t("remove")}<//></span></li>`)}</ul>
+    ${open && html`<${Provider} base=${base} row=${open.id ? open : null} onClose=${() => setOpen(null)} changed=${found.reload} />`}<//>`;
+}
+
 function Addresses({ client }) {
   if (!client.grant_types.includes("authorization_code")) return html`<p>${t("no_addresses_needed")}</p>`;
   return html`<${Uris} client=${client} kind="redirect" at="redirect-uris" title=${t("redirect_uris")} hint=${t("no_redirect_uris")} />
     <${Uris} client=${client} kind="post_logout" at="post-logout-redirect-uris" title=${t("post_logout_uris")} hint=${t("no_post_logout_uris")} />
-    ${client.client_type === "public" && html`<${Uris} client=${client} kind="cors_origin" at="cors-origins" title=${t("cors_origins")} hint=${t("no_cors_origins")} />`}`;
+    ${client.client_type === "public" && html`<${Uris} client=${client} kind="cors_origin" at="cors-origins" title=${t("cors_origins")} hint=${t("no_cors_origins")} />`}
+    <${Providers} client=${client} />`;
 }
 
 /** A form on members of the application, which saves what changed with If-Match. */
@@ -260,7 +318,7 @@ function Rights({ client, etag, changed }) {
   return html`<${Card} title=${t("what_it_may")}><${Form} form=${form} submit=${t("save")} names=${names}>
       <${Field} form=${form} name="display_name" label=${t("name")} />
       <fieldset><legend>${t("grants")}</legend>${GRANTS.map((grant) => html`<label key=${grant} class="check"><input type="checkbox"
-        checked=${grants.includes(grant)} onChange=${() => toggle(grant)} /> ${t(`grant_${grant}`)} <code class="quiet">${grant}</code></label>`)}</fieldset>
+        checked=${grants.includes(grant)} onChange=${() => toggle(grant)} /> <span>${t(`grant_${grant}`)} <code class="quiet">${grant}</code></span></label>`)}</fieldset>
       <${Check} form=${form} name="is_first_party" label=${t("is_first_party")} hint=${t("is_first_party_hint")} />
       ${client.client_type !== "public" && html`<${Check} form=${form} name="may_introspect" label=${t("may_introspect")} hint=${t("may_introspect_hint")} />`}
       <${Check} form=${form} name="allow_http_redirects" label=${t("allow_http")} hint=${t("allow_http_hint")} />
@@ -314,6 +372,12 @@ function Flag({ name, flag, client, changed }) {
     <${Failure} error=${error} /></div>`;
 }
 
+/** Why there would be no token, in words where we have some. */
+const obstacle = (text) => {
+  const key = `obstacle_${text.replace(/\W+/g, "_")}`;
+  return has(key) ? t(key) : visible(text);
+};
+
 function Preview({ client }) {
   const [values, setValues] = useState({ user: "", scope: "openid profile email" });
   const [found, setFound] = useState(null);
@@ -333,7 +397,7 @@ function Preview({ client }) {
     }
   };
   const field = (name, label, hint) => html`<div class="field"><label for=${`preview-${name}`}>${label}</label>
-    <input id=${`preview-${name}`} value=${values[name]} autocomplete="off" autocapitalize="off" spellcheck=${false}
+    <${name === "user" ? Person : "input"} id=${`preview-${name}`} value=${values[name]} autocomplete="off" autocapitalize="off" spellcheck=${false}
       onInput=${(event) => setValues({ ...values, [name]: event.target.value })} />${hint && html`<p class="hint">${hint}</p>`}</div>`;
   const left = Object.entries(found?.scopes.left_out || {});
   return html`<${Card} title=${t("preview")}><p class="quiet">${t("preview_text")}</p>
@@ -342,7 +406,7 @@ function Preview({ client }) {
         <${Failure} error=${error} />
         <div class="buttons start"><${Button} type="submit" kind="primary" busy=${busy}>${t("show_claims")}<//></div></form><//>
     ${found && html`<div role="status" class="stack">
-      ${(found.refused || found.obstacles.length > 0) && html`<div class="note warn"><p>${t("preview_refused", { reason: [found.refused, ...found.obstacles].filter(Boolean).join(", ") })}</p></div>`}
+      ${(found.refused || found.obstacles.length > 0) && html`<div class="note warn"><p>${t("preview_refused", { reason: [found.refused, ...found.obstacles].filter(Boolean).map(obstacle).join(" ") })}</p></div>`}
       <p><span class="strong">${t("granted")}:</span> ${found.scopes.granted.length ? found.scopes.granted.map((name) => html`<code key=${name} class="chip">${visible(name)}</code> `) : "–"}</p>
       ${left.length > 0 && html`<p class="strong">${t("left_out")}</p><ul class="rows">${left.map(([name, why]) => html`<li key=${name}><code>${visible(name)}</code> <span>${reason(why)}</span></li>`)}</ul>`}
       ${found.consent.length > 0 && html`<p>${t("asks_consent", { scopes: found.consent.join(" ") })}</p>`}
@@ -351,29 +415,39 @@ function Preview({ client }) {
 }
 
 function WhoIsIn({ client }) {
-  const list = useList("/sessions", { client_id: client.client_id });
-  const consents = useLoad((signal) => get(path("clients", client.client_id, "consents"), { signal }).then(({ data }) => data).catch((error) => {
-    if (error.status === 404) return null; // this release does not tell
-    throw error;
-  }), [client.client_id]);
+  const list = useList("/sessions", { client_id: client.client_id, living: true }, { sort: "-id", inner: true });
+  const consents = useList(path("clients", client.client_id, "consents"), {}, { inner: "consents" });
+  const { act, busy, error } = useAct();
+  const takeAll = async () => {
+    const question = { title: t("take_consents_title", { name: visible(client.display_name || client.client_id) }), confirm: t("take_consents"),
+      text: t("take_consents_text", { n: consents.total ?? consents.rows.length }), danger: true, proof: true };
+    if (!(await ask(question))) return;
+    await act(async () => {
+      await send("DELETE", path("clients", client.client_id, "consents"));
+      toast(t("consents_taken"));
+      [list, consents].forEach((one) => one.reload());
+    });
+  };
   const end = (row) => async () => {
     if (!(await ask({ title: t("end_session_title"), text: t("end_session_text"), confirm: t("end_session"), danger: true }))) return;
     await send("DELETE", path("sessions", row.id));
     toast(t("session_ended_done"));
     list.reload();
   };
-  return html`<${Card} title=${t("sessions")}><${Table} list=${list} empty=${html`<p class="quiet">${t("nobody_is_in")}</p>`} columns=${[
+  return html`<${Card} title=${t("living_tokens")}><${Table} list=${{ ...list, isFiltered: false }} empty=${html`<p class="quiet">${t("nobody_is_in")}</p>`} columns=${[
       { id: "user_id", label: t("person"), cell: (row) => row.username ? html`<a href=${href(["people", row.username, "sessions"])}><${Name} text=${row.username} /></a>` : html`<span class="quiet">${t("itself")}</span>` },
       { id: "issued_at", label: t("begun"), cell: (row) => html`<${When} at=${row.issued_at} />` },
       { id: "expires_at", label: t("until"), cell: (row) => html`<${When} at=${row.expires_at} />` },
       { id: "state", label: t("state"), cell: (row) => row.is_revoked ? html`<${State} kind="off">${t("ended")}<//>` : html`<${State} kind="on">${t("living")}<//>` },
       { id: "end", label: "", kind: "action", cell: (row) => !row.is_revoked && html`<${Button} kind="small" onClick=${end(row)}>${t("end")}<//>` },
     ]} /><//>
-    ${consents.data && html`<${Card} title=${t("consents")}><${Table} list=${whole(consents)} keyOf=${(row) => row.user_id} empty=${html`<p class="quiet">${t("no_consents")}</p>`} columns=${[
-      { id: "user", label: t("person"), cell: (row) => row.username ? html`<a href=${href(["people", row.username, "consents"])}><${Name} text=${row.username} /></a>` : html`<${Who} id=${row.user_id} link />` },
-      { id: "scopes", label: t("scopes"), cell: (row) => row.scopes.map((name) => html`<code key=${name} class="chip">${visible(name)}</code> `) },
-      { id: "given_at", label: t("given"), cell: (row) => html`<${When} at=${row.given_at} />` },
-    ]} /><//>`}`;
+    <${Card} title=${t("consents")} actions=${consents.rows?.length > 0 && html`<${Button} busy=${busy} onClick=${takeAll}>${t("take_consents_dots")}<//>`}>
+      <${Failure} error=${error} />
+      <${Table} list=${consents} keyOf=${(row) => row.user_id} empty=${html`<p class="quiet">${t("no_consents")}</p>`} columns=${[
+        { id: "user", label: t("person"), cell: (row) => row.username ? html`<a href=${href(["people", row.username, "consents"])}><${Name} text=${row.username} /></a>` : html`<${Who} id=${row.user_id} link />` },
+        { id: "scopes", label: t("scopes"), cell: (row) => row.scopes.map((name) => html`<code key=${name} class="chip">${visible(name)}</code> `) },
+        { id: "given_at", label: t("given"), cell: (row) => html`<${When} at=${row.given_at} />` },
+      ]} /><//>`;
 }
 
 function Danger({ client, etag, changed }) {

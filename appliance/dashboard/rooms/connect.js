@@ -7,7 +7,8 @@ import { Copy } from "../parts/copy.js";
 
 const REDIRECT = "https://app.example/callback";
 
-// name: for which grant (code, machine, check), and the lines. v: issuer, id, secret, redirect, scope, endpoints.
+// name: for what (code, machine, check; public: code without a secret), and the lines.
+// v: issuer, id, secret, redirect, scope, audience, endpoints.
 const RECIPES = [
   ["openid-client (Node.js)", "code", (v) => `import * as client from "openid-client";
 
@@ -74,8 +75,52 @@ oauth2 {
   introspection_url = ${v.endpoints.introspection_endpoint.replace("://", `://${v.id}:${v.secret}@`)}
   username_attribute = username
 }`],
+  ["oidc-client-ts (browser)", "public", (v) => `import { UserManager } from "oidc-client-ts";
+
+const manager = new UserManager({
+  authority: "${v.issuer}", client_id: "${v.id}", redirect_uri: "${v.redirect}", scope: "${v.scope}",
+});
+await manager.signinRedirect();`],
+  ["AppAuth (Android)", "public", (v) => `AuthorizationServiceConfiguration.fetchFromIssuer(Uri.parse("${v.issuer}")) { config, error ->
+    val request = AuthorizationRequest.Builder(
+        config!!, "${v.id}", ResponseTypeValues.CODE, Uri.parse("${v.redirect}"),
+    ).setScope("${v.scope}").build()
+}`],
+  ["AppAuth (iOS)", "public", (v) => `OIDAuthorizationService.discoverConfiguration(forIssuer: URL(string: "${v.issuer}")!) { config, error in
+    let request = OIDAuthorizationRequest(
+        configuration: config!, clientId: "${v.id}", scopes: [${v.scope.split(" ").map((name) => `"${name}"`).join(", ")}],
+        redirectURL: URL(string: "${v.redirect}")!, responseType: OIDResponseTypeCode, additionalParameters: nil)
+}`],
   ["curl", "machine", (v) => `curl -u '${v.id}:${v.secret}' -d grant_type=client_credentials ${v.endpoints.token_endpoint}`],
   ["mad", "machine", (v) => `mad token get --client-id ${v.id} --auth-url ${v.issuer}`],
+  ["openid-client (Node.js)", "machine", (v) => `import * as client from "openid-client";
+
+const config = await client.discovery(new URL("${v.issuer}"), "${v.id}", "${v.secret}");
+const { access_token } = await client.clientCredentialsGrant(config);`],
+  ["Authlib (Python)", "machine", (v) => `from authlib.integrations.requests_client import OAuth2Session
+
+session = OAuth2Session("${v.id}", "${v.secret}")
+session.fetch_token("${v.endpoints.token_endpoint}", grant_type="client_credentials")`],
+  ["golang.org/x/oauth2 (Go)", "machine", (v) => `config := clientcredentials.Config{
+	ClientID: "${v.id}", ClientSecret: "${v.secret}", TokenURL: "${v.endpoints.token_endpoint}",
+}
+client := config.Client(ctx)`],
+  ["Spring Boot", "machine", (v) => `spring.security.oauth2.client.registration.box.authorization-grant-type=client_credentials
+spring.security.oauth2.client.registration.box.client-id=${v.id}
+spring.security.oauth2.client.registration.box.client-secret=${v.secret}
+spring.security.oauth2.client.provider.box.token-uri=${v.endpoints.token_endpoint}`],
+  ["Spring Boot", "check", (v) => `spring.security.oauth2.resourceserver.opaquetoken.introspection-uri=${v.endpoints.introspection_endpoint}
+spring.security.oauth2.resourceserver.opaquetoken.client-id=${v.id}
+spring.security.oauth2.resourceserver.opaquetoken.client-secret=${v.secret}`],
+  ["jose (Node.js)", "check", (v) => `import { createRemoteJWKSet, jwtVerify } from "jose";
+
+const keys = createRemoteJWKSet(new URL("${v.endpoints.jwks_uri}"));
+const { payload } = await jwtVerify(token, keys, { issuer: "${v.issuer}", audience: "${v.audience}", typ: "at+jwt" });`],
+  ["PyJWT (Python)", "check", (v) => `import jwt
+
+keys = jwt.PyJWKClient("${v.endpoints.jwks_uri}")
+key = keys.get_signing_key_from_jwt(token).key
+claims = jwt.decode(token, key, algorithms=["ES256", "RS256"], issuer="${v.issuer}", audience="${v.audience}")`],
   ["curl", "check", (v) => `curl -u '${v.id}:${v.secret}' -d token="$TOKEN" ${v.endpoints.introspection_endpoint}`],
 ];
 
@@ -89,14 +134,14 @@ export default function Connect({ client, uris, secret }) {
     authorization_endpoint: `${issuer}/authorize`, token_endpoint: `${issuer}/token`, userinfo_endpoint: `${issuer}/userinfo`,
     introspection_endpoint: `${issuer}/introspect`, jwks_uri: `${issuer}/jwks.json`, end_session_endpoint: `${issuer}/end-session`,
   };
+  const isPublic = client.client_type === "public";
   const kinds = [
     client.grant_types.includes("authorization_code") && "code", client.grant_types.includes("client_credentials") && "machine",
-    client.may_introspect && "check",
+    client.may_introspect && "check", isPublic && client.grant_types.includes("authorization_code") && "public",
   ];
-  const isPublic = client.client_type === "public";
-  const offered = RECIPES.filter(([, kind]) => kinds.includes(kind)).filter(([, , lines]) => !isPublic || lines.toString().includes("isPublic"));
+  const offered = RECIPES.filter(([, kind]) => kinds.includes(kind)).filter(([, kind, lines]) => !isPublic || kind === "public" || lines.toString().includes("isPublic"));
   const values = {
-    issuer, id: client.client_id, secret: secret || "<SECRET>", isPublic, endpoints, redirect: uris?.[0]?.uri || REDIRECT,
+    issuer, id: client.client_id, secret: secret || "<SECRET>", isPublic, endpoints, audience: client.audience, redirect: uris?.[0]?.uri || REDIRECT,
     scope: ["openid", "profile", "email", ...client.scopes].join(" "),
   };
   const recipe = offered[Math.min(chosen, offered.length - 1)];

@@ -53,7 +53,7 @@ function Need({ need, reload }) {
   const isError = need.severity === "error";
   return html`<li class=${isError ? "bad" : "warn"}><span class="mark" aria-hidden="true">${isError ? "✕" : "!"}</span>
     <div><p>${has(`attention_${need.code}`) ? t(`attention_${need.code}`) : visible(need.text)}
-      ${need.since && html` <span class="quiet small">${t("since")} <${When} at=${need.since} /></span>`}</p>
+      ${need.since && html` <span class="quiet small">${t("since")} <${When} at=${need.since} fixed /></span>`}</p>
       ${has(`attention_${need.code}`) && html`<p class="quiet small">${visible(need.text)}</p>`}
       ${need.command && !BACKUP.includes(need.code) && html`<${Copy} text=${need.command} label=${t("command")} />`}
       <${Failure} error=${error} /></div>
@@ -130,7 +130,7 @@ function Changes() {
     ${found.data ? html`<ul class="rows log">${found.data.map((row) => html`<li key=${row.id}><span class="quiet"><${When} at=${row.timestamp} /></span>
       <span class="strong"><${Who} id=${row.actor_id} link /></span>
       <span><${Deed} action=${row.action} /> ${row.target && row.target !== row.actor_id && html`<span class="quiet"><${Target} row=${row} link /></span>`}
-        ${row.secondary && html` <span class="quiet small">· <${Details} row=${row} link /></span>`}</span>
+        ${row.secondary && html` <span class="quiet small"><${Details} row=${row} link /></span>`}</span>
       ${row.result && row.result !== "success" && html`<${State} kind="bad">${t("refused")}<//>`}</li>`)}</ul>` : !found.error && html`<${Loading} />`}<//>`;
 }
 

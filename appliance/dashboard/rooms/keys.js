@@ -1,7 +1,7 @@
 // Keys: of both rings, which signs, which waits to, which retires and until when; rotate, and revoke a stolen one after
 // reading what that ends.
 import { get, path, send } from "../api.js";
-import { duration, exact, t } from "../words.js";
+import { duration, moment, t } from "../words.js";
 import { Button, Card, Failure, Head, html, Loading, Name, State, useAct, useLoad, When } from "../parts/base.js";
 import { ask } from "../parts/dialog.js";
 import { Table, whole } from "../parts/table.js";
@@ -27,13 +27,13 @@ function Timeline({ keys, at }) {
 }
 
 const until = (key) => key.state === "retired" ? html`${t("gone")} <${When} at=${key.gone_after} />`
-  : key.state === "next" ? html`${t("signs_word")} <${When} at=${key.signs_from} />` : html`${t("since")} <${When} at=${key.signs_from} />`;
+  : key.state === "next" ? html`${t("signs_word")} <${When} at=${key.signs_from} />` : html`${t("since")} <${When} at=${key.signs_from} fixed />`;
 
 async function rotate(ring) {
   const isSure = await ask({ title: t("rotate_title", { ring: ring.toUpperCase() }), text: t("rotate_text"), confirm: t("rotate_keys"), proof: true });
   if (!isSure) return false;
   const { data } = await send("POST", "/keys/rotate", { ring });
-  toast(t("rotated", { n: data.length, time: exact(data[0].signs_from) }));
+  toast(t("rotated", { n: data.length, time: moment(data[0].signs_from) }));
   return true;
 }
 

@@ -55,7 +55,7 @@ export default function Me() {
   return html`<${Head} title=${t("me")} aside=${html`<${Name} text=${user.username} />`} />
     <${Card}><${Facts} rows=${[
       [t("user_name"), html`<${Name} text=${user.username} />`], [t("email"), user.email ? html`<${Name} text=${user.email} />` : "–"],
-      [t("session_until"), html`<${When} at=${expires_at} />`], [t("unused_until"), html`<${When} at=${idle_at} />`],
+      [t("session_until"), html`<${When} at=${expires_at} fixed />`], [t("unused_until"), html`<${When} at=${idle_at} fixed />`],
     ]} /><//>
     <${Factor} user=${user} isOn=${isOn} own changed=${resume} /><${Password} /><${OwnSessions} />`;
 }

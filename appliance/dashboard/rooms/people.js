@@ -99,7 +99,7 @@ function Make() {
       <${Field} form=${form} name="email" type="email" label=${t("email")} optional />
       ${form.values.email.trim() && html`<${Check} form=${form} name="email_verified" label=${t("email_is_theirs")} hint=${t("email_is_theirs_hint")} />`}
       <fieldset><legend>${t("how_in")}</legend>${ENTRIES.map((one) => html`<label key=${one} class="check"><input type="radio" name="entry"
-        checked=${entry === one} onChange=${() => setEntry(one)} /> <span>${t(`entry_${one}`)} <span class="quiet small">${t(`entry_${one}_text`)}</span></span></label>`)}</fieldset>
+        checked=${entry === one} onChange=${() => setEntry(one)} /> <span>${t(`entry_${one}`)} <span class="quiet small line">${t(`entry_${one}_text`)}</span></span></label>`)}</fieldset>
       ${entry === "password" && html`<${Field} form=${form} name="password" type="password" label=${t("password")} autocomplete="new-password" required />`}
       <fieldset><legend>${t("its_roles")} <span class="quiet">${t("optional")}</span></legend>
         ${every.data ? html`<${Choices} rows=${every.data} chosen=${roles} toggle=${give} label=${t("its_roles")} empty=${t("no_roles")} />`

@@ -10,6 +10,7 @@ import { Choices } from "../parts/choices.js";
 import { ask, Dialog } from "../parts/dialog.js";
 import { Filters } from "../parts/filters.js";
 import { Check as Tick, Field, Form, reason, useForm, useRecord } from "../parts/form.js";
+import { Person } from "../parts/person.js";
 import { Table, useList } from "../parts/table.js";
 import { toast } from "../parts/toast.js";
 
@@ -159,7 +160,7 @@ function Holders({ from, title, empty, give, given, taken }) {
   const unknown = error?.status === 404;
   return html`<${Card} title=${title}>
     <form class="adder" onSubmit=${add}><label class="hidden" for=${id}>${t("add_person")}</label>
-      <input id=${id} value=${name} placeholder=${t("add_person")} autocomplete="off" autocapitalize="off" spellcheck=${false}
+      <${Person} id=${id} value=${name} placeholder=${t("add_person")}
         aria-invalid=${unknown ? "true" : null} aria-describedby=${unknown ? `${id}e` : null} onInput=${(event) => setName(event.target.value)} />
       <${Button} type="submit" busy=${busy} disabled=${!name.trim()}>${t("add")}<//></form>
     ${unknown ? html`<p class="error" id=${`${id}e`} role="alert">${t("nobody_of_this_name")}</p>` : html`<${Failure} error=${error} />`}
@@ -301,8 +302,8 @@ export function Check({ query }) {
   return html`<${Head} title=${t("roles")} />
     <${Places} current="check" />
     <${Card} title=${t("check_title")}><form class="form question" onSubmit=${submit}>
-      <div class="field"><label for=${ids[0]}>${t("person")}</label><input id=${ids[0]} required value=${values.user} autocomplete="off" autocapitalize="off"
-        spellcheck=${false} placeholder=${t("user_name")} onInput=${put("user")} /></div>
+      <div class="field"><label for=${ids[0]}>${t("person")}</label><${Person} id=${ids[0]} required value=${values.user}
+        placeholder=${t("user_name")} onInput=${put("user")} /></div>
       <fieldset class="segments-of"><legend>${t("may_what")}</legend><div class="segments">${["permission", "scope"].map((kind) => html`<button key=${kind} type="button"
         aria-pressed=${values.kind === kind ? "true" : "false"} onClick=${() => setValues({ ...values, kind, name: "" })}>${t(kind)}</button>`)}</div></fieldset>
       <div class="field"><label for=${ids[1]}>${t("name")}</label><input id=${ids[1]} class="mono" required value=${values.name} list=${ids[2]} autocomplete="off"

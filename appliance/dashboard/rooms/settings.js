@@ -70,6 +70,18 @@ function Purge({ title, text, unit, usual, least, question, run }) {
 
 const DAY = 86400;
 
+function AllConsents() {
+  const { act, busy, error } = useAct();
+  const take = () => act(async () => {
+    const word = t("everybody_word");
+    if (!(await ask({ title: t("all_consents_title"), text: t("all_consents_lost"), confirm: t("take_consents"), danger: true, typed: word, proof: true }))) return;
+    await send("DELETE", "/consents");
+    toast(t("consents_taken"));
+  });
+  return html`<${Card} title=${t("all_consents")} kind="danger"><ul class="rows acts"><li><span>${t("all_consents_text")}</span>
+    <${Button} kind="danger" busy=${busy} onClick=${take}>${t("take_consents_dots")}<//></li></ul><${Failure} error=${error} /><//>`;
+}
+
 function Upkeep() {
   const days = (age) => t("n_days", { n: age });
   const tokens = (at) => (age) => send("POST", at, { older_than_seconds: age * DAY });
@@ -80,7 +92,8 @@ function Upkeep() {
       question=${(age) => ({ title: t("purge_refresh_title"), text: t("purge_rows_text", { age: days(age) }) })} run=${tokens("/refresh-tokens/purge")} />
     <${Purge} title=${t("purge_audit")} text=${t("purge_audit_text")} unit=${t("days")} usual=${365} least=${1}
       question=${(age) => ({ title: t("purge_audit_title"), text: t("purge_audit_lost", { age: days(age) }), proof: true })}
-      run=${(age) => send("POST", "/audit-logs/purge", { older_than_days: age })} />`;
+      run=${(age) => send("POST", "/audit-logs/purge", { older_than_days: age })} />
+    <${AllConsents} />`;
 }
 
 export default function Settings({ segments, query }) {
