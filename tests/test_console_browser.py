@@ -276,6 +276,74 @@ class TestApplications:
         kept = box.call_admin("GET", "/clients/web/redirect-uris")
         assert [row["uri"] for row in kept] == ["https://web.example/cb", "https://web.example/second"]
 
+    def test_a_provider_elsewhere_is_added_changed_removed_and_back(self, console, box):
+        page = console("#/applications/web/addresses")
+        listed = lambda: [row["issuer"] for row in box.call_admin("GET", "/clients/web/idp")]  # noqa: E731
+        page.get_by_role("button", name="Add …").click()
+        dialog = page.get_by_role("dialog")
+        dialog.get_by_label("Short name").fill("a b")
+        dialog.get_by_role("button", name="Add", exact=True).click()
+        expect(dialog.get_by_text("It needs 1 to 50 letters")).to_be_visible()
+        dialog.get_by_label("Short name").fill("north")
+        dialog.get_by_label("issuer").fill("https://north.example")
+        dialog.get_by_role("button", name="Add", exact=True).click()
+        expect(page.get_by_text("https://north.example")).to_be_visible()
+        page.get_by_role("button", name="Change north").click()
+        page.get_by_role("dialog").get_by_label("issuer").fill("https://south.example")
+        page.get_by_role("dialog").get_by_role("button", name="Save").click()
+        expect(page.get_by_text("https://south.example")).to_be_visible()
+        assert listed() == ["https://south.example"]
+        page.get_by_role("button", name="Remove north").click()
+        expect(page.get_by_text("https://south.example")).to_have_count(0)
+        page.get_by_role("button", name="Undo").click()
+        expect(page.get_by_text("https://south.example")).to_be_visible()
+        assert listed() == ["https://south.example"]
+
+    @pytest.mark.parametrize(
+        "kind, needs", [("service", {"curl", "mad", "Authlib (Python)"}), ("public", {"oidc-client-ts (browser)", "AppAuth (iOS)"})]
+    )
+    def test_lines_to_copy_are_there_for_each_kind_with_the_addresses_of_this_box(self, console, box, kind, needs):
+        made = {"client_id": f"lines-{kind}"} | (
+            {"client_type": "public", "redirect_uris": ["com.example.app:/cb"]} if kind == "public" else {}
+        )
+        box.call_admin("POST", "/clients", made)
+        page = console(f"#/applications/lines-{kind}/connect")
+        choice = page.get_by_label("Lines ready to be copied").and_(page.locator("select"))
+        expect(choice).to_be_visible()
+        names = [name.strip() for name in choice.locator("option").all_inner_texts()]
+        assert needs <= set(names) and len(names) >= 4, names
+        for at in range(len(names)):
+            choice.select_option(str(at))
+            lines = page.locator(".copy.lines code").inner_text()
+            assert f"lines-{kind}" in lines and f":{box.auth_port}" in lines and "undefined" not in lines, names[at]
+            assert kind != "public" or "SECRET" not in lines.upper(), names[at]
+
+    def test_the_list_of_the_page_beside_neither_orders_nor_turns_that_of_its_tokens(self, console):
+        page = console("#/applications/web/who?sort=-created_at&page=2")
+        expect(page.get_by_text("Nobody is signed in there.")).to_be_visible()
+        expect(page.get_by_role("alert")).to_have_count(0)
+
+    def test_a_moment_is_a_date_at_will(self, console):
+        page = console("#/applications")
+        made = page.locator("td time").first
+        expect(made).to_have_text(re.compile("now|ago"))
+        page.keyboard.press("/")
+        page.keyboard.type("times exactly")
+        page.keyboard.press("Enter")
+        expect(made).to_have_text(re.compile(r"^\d{1,2} \w{3,4} \d{4}, \d\d:\d\d$"))
+        made.click()
+        expect(made).to_have_text(re.compile("now|ago"))
+
+    def test_a_preview_proposes_people_and_says_what_would_refuse_them(self, console, box):
+        made = box.call_admin("POST", "/users", {"username": "previewed", "email": "p@example.org", "password": PASSWORD})
+        box.call_admin("POST", f"/users/{made['id']}/set-lockout", {"lockout_until": "2100-01-01T00:00:00Z"})
+        page = console("#/applications/web/preview")
+        page.get_by_label("Person").press_sequentially("previ")
+        expect(page.locator("datalist option")).to_have_attribute("value", "previewed")
+        page.get_by_label("Person").fill("previewed")
+        page.get_by_role("button", name="Show").click()
+        expect(page.get_by_text("There would be no token: The person is locked.")).to_be_visible()
+
     def test_a_second_secret_leaves_the_first_one_time(self, console, box):
         made = box.call_admin("POST", "/clients", {"client_id": "rotated"})
         page = console("#/applications/rotated/secrets")

@@ -50,12 +50,14 @@ const NOUNS = [
 ];
 const nounsOf = (action) => (NOUNS.find(([pattern]) => pattern.test(action)) || [])[1] || [];
 
-/** Whom or what a row of the audit log is about, and the rest that it says. */
+/** Whom or what a row of the audit log is about, and the rest that it says; `brief` as in a list. */
 export const Target = ({ row, link }) => html`<${Who} id=${row.target} link=${link} kind=${nounsOf(row.action)[0]} />`;
-export function Details({ row, link }) {
+const NUMBERS = /^(jti|sid|amr|user_id)=\S*$/; // what the page of a row says, and no list
+
+export function Details({ row, link, brief }) {
   const noun = nounsOf(row.action)[1];
   if (noun) return html`<${Who} id=${row.secondary} link=${link} kind=${noun} />`;
-  return known.value[row.target]?.name === row.secondary ? null : html`<${Name} text=${row.secondary} />`;
+  return known.value[row.target]?.name === row.secondary || (brief && NUMBERS.test(row.secondary)) ? null : html`<${Name} text=${row.secondary} />`;
 }
 
 /** What an action of the audit log is called: there are words for most. */

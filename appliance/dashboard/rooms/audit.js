@@ -145,7 +145,7 @@ const COLUMNS = [
   { id: "action", label: t("deed"), cell: (row) => html`<${Deed} action=${row.action} />` },
   { id: "target", label: t("target"), kind: "brief", cell: (row) => !(row.target && row.target !== row.actor_id) && !row.secondary ? html`<span class="quiet none">–</span>`
     : html`${row.target && row.target !== row.actor_id && html`<${Target} row=${row} />`}
-      ${row.secondary && html`<span class="quiet small under"><${Details} row=${row} /></span>`}` },
+      ${row.secondary && html`<span class="quiet small under"><${Details} row=${row} brief /></span>`}` },
   { id: "result", label: t("result"), cell: (row) => html`<${Result} row=${row} />` },
   { id: "address", label: t("address"), cell: (row) => html`<span class="mono">${visible(row.ip_address) || "–"}</span>` },
 ];

@@ -130,7 +130,7 @@ function Changes() {
     ${found.data ? html`<ul class="rows log">${found.data.map((row) => html`<li key=${row.id}><span class="quiet"><${When} at=${row.timestamp} /></span>
       <span class="strong"><${Who} id=${row.actor_id} link /></span>
       <span><${Deed} action=${row.action} /> ${row.target && row.target !== row.actor_id && html`<span class="quiet"><${Target} row=${row} link /></span>`}
-        ${row.secondary && html` <span class="quiet small"><${Details} row=${row} link /></span>`}</span>
+        ${row.secondary && html` <span class="quiet small"><${Details} row=${row} link brief /></span>`}</span>
       ${row.result && row.result !== "success" && html`<${State} kind="bad">${t("refused")}<//>`}</li>`)}</ul>` : !found.error && html`<${Loading} />`}<//>`;
 }
 
