@@ -316,7 +316,7 @@ class TestApplications:
             choice.select_option(str(at))
             lines = page.locator(".copy.lines code").inner_text()
             assert f"lines-{kind}" in lines and f":{box.auth_port}" in lines and "undefined" not in lines, names[at]
-            assert kind != "public" or "SECRET" not in lines.upper(), names[at]
+            assert kind != "public" or "<SECRET>" not in lines, names[at]
 
     def test_the_list_of_the_page_beside_neither_orders_nor_turns_that_of_its_tokens(self, console):
         page = console("#/applications/web/who?sort=-created_at&page=2")
@@ -473,6 +473,29 @@ class TestKeyboard:
             page.keyboard.press("Space" if key == " " else key)
         expect(page.get_by_role("region", name="This secret is shown once")).to_be_visible()
         assert box.call_admin("GET", "/clients/by-keys")["grant_types"] == ["client_credentials"]
+
+    def test_one_signs_in_by_keys_and_stands_at_the_heading(self, visit):
+        page = visit()
+        expect(page.get_by_label("User name")).to_be_focused()
+        page.keyboard.type("root")
+        page.keyboard.press("Tab")
+        page.keyboard.type(Box.PASSWORD)
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("heading", name="Home")).to_be_focused()
+
+    def test_when_what_had_the_focus_goes_it_stays_where_that_was(self, console, box):
+        box.call_admin("POST", "/clients", {"client_id": "focus"})
+        page = console("#/applications/focus/secrets")
+        page.get_by_role("button", name="Make another").press("Enter")
+        card = page.locator(".secret")
+        card.get_by_label("I have stored it").press("Space")
+        card.get_by_role("button", name="Close").press("Enter")
+        expect(card).to_have_count(0)
+        assert page.evaluate("document.querySelector('main').contains(document.activeElement)")
+        page.get_by_label("Signed in as root").press("Enter")
+        page.keyboard.press("Tab")
+        page.keyboard.press("Escape")
+        expect(page.get_by_label("Signed in as root")).to_be_focused()
 
     def test_one_may_skip_to_the_content(self, console):
         page = console("#/applications")

@@ -100,7 +100,11 @@ function UserMenu() {
   const { username } = session.value.user;
   return html`<details class="menu" onFocusOut=${(event) => {
       if (!event.currentTarget.contains(event.relatedTarget)) event.currentTarget.open = false;
-    }} onKeyDown=${(event) => event.key === "Escape" && (event.currentTarget.open = false)}>
+    }} onKeyDown=${(event) => {
+      if (event.key !== "Escape") return;
+      event.currentTarget.open = false;
+      event.currentTarget.querySelector("summary").focus();
+    }}>
     <summary aria-label=${t("signed_in_as", { name: username })}><${Icon} name="me" /><bdi>${username}</bdi><${Icon} name="down" /></summary>
     <ul onClick=${(event) => { event.currentTarget.parentNode.open = false; }}>
       <li><a href=${href(["me"])}>${t("me")}</a></li>
@@ -121,6 +125,34 @@ function focusHeading(main) {
   return () => watcher.disconnect();
 }
 
+/**
+ * When what had the focus goes – a card that is closed, a button whose work is done – the focus goes to what is left
+ * around it, so that Tab goes on from there and whoever listens is not sent to the begin of the page.
+ */
+function keepFocus(main) {
+  let last = null;
+  let around = [];
+  const note = ({ target }) => {
+    last = target;
+    around = [];
+    for (let one = target.parentNode; one && one !== document.body; one = one.parentNode) around.push(one);
+  };
+  const watcher = new MutationObserver(() => {
+    if (!last || last.isConnected || document.activeElement !== document.body) return;
+    const near = around.find((one) => one.isConnected && main.contains(one)) || main;
+    near.setAttribute("tabindex", "-1");
+    near.focus({ preventScroll: true });
+  });
+  document.addEventListener("focusin", note);
+  watcher.observe(document.body, { childList: true, subtree: true });
+  return () => {
+    document.removeEventListener("focusin", note);
+    watcher.disconnect();
+  };
+}
+
+let isSignedInHere = false; // by the form, and not by a reload
+
 function Shell() {
   const [menu, setMenu] = useState(false);
   const { segments, query } = route.value;
@@ -135,7 +167,9 @@ function Shell() {
       return focusHeading(main.current);
     }
     first.current = false;
+    if (isSignedInHere) return focusHeading(main.current);
   }, [place]);
+  useEffect(() => keepFocus(main.current), []);
   return html`
     <a class="skip" href="#main" onClick=${(event) => { event.preventDefault(); main.current.focus(); }}>${t("skip")}</a>
     ${silent.value && html`<div class="silent" role="status">${t("silent", { time: clock(silent.value.toISOString()) })}</div>`}
@@ -167,6 +201,7 @@ function Shell() {
 }
 
 function App() {
+  if (!session.value) isSignedInHere = true;
   return session.value
     ? html`<${Shell} />`
     : html`<div class="front"><header><${Box} /></header>

@@ -38,11 +38,11 @@ export default function SignIn({ again }) {
   return html`<form ref=${form} class="signin" onSubmit=${submit}>
     ${again ? html`<p>${t("session_ended_text")}</p>` : html`<h1>${t("sign_in")}</h1>`}
     ${field("username", t("user_name"), { autocomplete: "username", required: true, readonly: Boolean(again), autofocus: !again })}
-    <div class="field"><span class="split"><label for=${`${id}password`}>${t("password")}</label>
-      <button type="button" class="link" aria-pressed=${shown ? "true" : "false"} onClick=${() => show(!shown)}>${t(shown ? "hide" : "show")}</button></span>
+    <div class="field shown"><label for=${`${id}password`}>${t("password")}</label>
       <input id=${`${id}password`} name="password" type=${shown ? "text" : "password"} value=${values.password} required
         autocomplete="current-password" autocapitalize="off" spellcheck=${false} onInput=${set("password")}
-        autofocus=${Boolean(again)} aria-describedby=${error ? `${id}error` : null} /></div>
+        autofocus=${Boolean(again)} aria-describedby=${error ? `${id}error` : null} />
+      <button type="button" class="link" aria-pressed=${shown ? "true" : "false"} onClick=${() => show(!shown)}>${t(shown ? "hide" : "show")}</button></div>
     ${field("totp", t("code_if_any"), { autocomplete: "one-time-code", inputmode: "numeric", class: "code" })}
     ${error && html`<p class="note bad" role="alert" id=${`${id}error`}>${
       error.code === "invalid_grant" ? t("sign_in_failed") : wait ? t("error_429", { n: wait }) : explain(error)}</p>`}
