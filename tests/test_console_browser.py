@@ -566,6 +566,7 @@ class TestLooks:
 
     def test_when_the_network_goes_it_is_said_and_gone_on_with(self, console):
         page = console("#/applications")
+        expect(page.get_by_role("link", name="page-01")).to_be_visible()
         page.context.set_offline(True)
         page.get_by_role("link", name="page-01").click()
         expect(page.get_by_text("The box does not answer since")).to_be_visible()
