@@ -343,21 +343,26 @@ class DataSide:
         self.note(ACCEPTED)
         return {}
 
+    def claim(self) -> dict:
+        """Take over the state of an upgrade that was interrupted, and return it: from here on nothing is accepted."""
+        deadline = time.monotonic() + STOP_SECONDS
+        try:
+            self.state = open_owned(self.path, os.O_RDWR)
+        except FileNotFoundError:
+            return {"state": ""}
+        while True:
+            try:
+                fcntl.flock(self.state, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return {"state": os.pread(self.state, 1, 0).decode("ascii", "replace")}
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise StartupError("another upgrade is running") from None
+                sleep(0.02)
+
     def go_back(self) -> dict:
         """Put the files back, once the server has ended. They are held until release()."""
-        deadline = time.monotonic() + STOP_SECONDS
-        if self.state < 0:  # of an upgrade that was interrupted
-            self.state = open_owned(self.path, os.O_RDWR)
-            while True:
-                try:
-                    fcntl.flock(self.state, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        raise StartupError("another upgrade is running") from None
-                    sleep(0.02)
-            if os.pread(self.state, 1, 0) == ACCEPTED:
-                raise StartupError("the new release has answered already, and is not taken back")
+        if self.state < 0 and self.claim()["state"].encode() == ACCEPTED:
+            raise StartupError("the new release has answered already, and is not taken back")
         self.keep_others_off()
         self.note(GOING_BACK)
         put_back(self.options)
@@ -376,7 +381,7 @@ class DataSide:
         return self.release()
 
 
-STEPS = ("describe", "back_up", "stop", "hold", "release", "await_ready", "accept", "go_back", "clear")
+STEPS = ("describe", "back_up", "stop", "hold", "release", "await_ready", "accept", "claim", "go_back", "clear")
 
 
 def serve_steps(options: Options) -> int:
@@ -417,6 +422,15 @@ class DataProcess:
         if "error" in found:
             raise StartupError(found["error"])
         return found
+
+    def await_end(self):
+        """Wait in another process than the one that began it, which is dead, until the step that it is in is over."""
+        with contextlib.suppress(OSError):
+            self.process.stdin and self.process.stdin.close()  # our copy of what tells it to end
+        with contextlib.suppress(ProcessLookupError):
+            descriptor = os.pidfd_open(self.process.pid)
+            select.select([descriptor], [], [])
+            os.close(descriptor)
 
     def end(self):
         with contextlib.suppress(OSError):
@@ -604,6 +618,7 @@ class Upgrade:
         checkpoint: Callable[[str], object] = lambda name: None,
     ):
         self.archive, self.environ, self.wait, self.checkpoint = archive, environ, wait, checkpoint
+        self.settings, self.guard, self.guard_pid = settings, -1, 0
         self.staged, self.previous, self.journal = archive + ".new", archive + ".previous", archive + ".upgrade"
         self.data = DataProcess(program, settings, environ)
 
@@ -715,6 +730,7 @@ class Upgrade:
             signal.signal(number, lambda *_: None)  # from here to the end, whoever closes the terminal
         self.keep_previous()
         write_durably(self.journal, msgspec.json.encode(journal))
+        self.leave_guard()
         self.checkpoint("journal")
         try:
             failure = self.try_new(journal)
@@ -742,6 +758,8 @@ class Upgrade:
         except (OSError, msgspec.MsgspecError) as error:
             raise StartupError(f"the journal {self.journal} cannot be read: {error}; look at it") from None
         state, is_old = self.data.call("describe")["state"].encode(), os.path.samefile(self.archive, self.previous)
+        if state and state != ACCEPTED:  # a new release that serves would accept itself any moment
+            state = self.data.call("claim")["state"].encode()
         # Without a state nothing was begun, or all was done but for the journal.
         if state == ACCEPTED or (not state and not is_old):
             self.data.call("clear")
@@ -753,9 +771,45 @@ class Upgrade:
             raise StartupError(f"the old release and its data are back, and its server is not ready: {failure}")
         return f"an upgrade from {journal.old} to {journal.new} was interrupted, and {journal.old} is back"
 
+    def leave_guard(self):
+        """Start a process that takes the upgrade back, or finishes it, if this one is killed.
+
+        It waits for the end of a pipe that this process alone holds. A word on that says that nothing is left to do.
+        """
+        reading, writing = os.pipe()
+        if pid := os.fork():
+            os.close(reading)
+            self.guard, self.guard_pid = writing, pid
+            return
+        try:
+            os.setsid()  # whoever kills the group of this one, or closes its terminal, leaves that one alone
+            os.close(writing)
+            if not os.read(reading, 1):
+                self.data.await_end()
+                self.finish_after_death()
+        finally:
+            os._exit(0)
+
+    def finish_after_death(self):
+        """Do what the next call would, by the old program, since the new one may not even run; say what was done."""
+        try:
+            again = Upgrade(self.archive, self.previous, self.settings, self.environ, self.wait)
+            try:
+                done = again.resume()
+            finally:
+                again.end()
+        except (StartupError, OSError, subprocess.SubprocessError) as error:
+            done = str(error)
+        if done:
+            print(f"microauthd: {done}", file=sys.stderr, flush=True)
+
     def end(self):
-        """End what works on the data, and remove the copy of the archive."""
+        """End what works on the data and the guard, and remove the copy of the archive."""
         self.data.end()
+        if self.guard >= 0:
+            os.write(self.guard, b".")
+            os.close(self.guard)
+            os.waitpid(self.guard_pid, 0)
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.staged)
 

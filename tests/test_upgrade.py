@@ -523,8 +523,10 @@ sys.path.insert(0, {root!r})
 from appliance import upgrade
 def die(name):
     if name == {step!r}:
+        if not {is_guarded}:
+            os.kill(work.guard_pid, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
-work = upgrade.Upgrade({archive!r}, {archive!r}, [], dict(os.environ), 20, die)
+work = upgrade.Upgrade({archive!r}, {archive!r}, [], dict(os.environ), {wait}, die)
 sys.exit(upgrade.upgrade(work, {source!r}, ["--yes", "--unsigned", "--no-backup"], ""))
 """
 
@@ -551,12 +553,7 @@ class TestAKillInTheMiddle:
     def test_at_each_step(self, box, releases, release, step, is_started):
         box.start()
         bearer = box.admin_token()
-        driver = DRIVER.format(root=str(ROOT), step=step, archive=str(box.archive), source=str(releases(release)))
-        driver = driver.replace("20, die", "4, die") if release == "not ready" else driver
-        done = subprocess.run(
-            [sys.executable, "-c", driver], cwd=box.folder, env=box.environ, capture_output=True, text=True, timeout=120,
-        )
-        assert done.returncode == -signal.SIGKILL, done
+        self.kill(box, releases(release), step, is_guarded=False)
         self.await_unlocked(box)
         if is_started and not find_server(str(box.folder / "mad.db3")):
             box.start(wait=False)
@@ -569,6 +566,36 @@ class TestAKillInTheMiddle:
             again = upgrade(box, releases("good"), "--unsigned", "--no-backup")
         assert again.returncode == 0 and version(box) == NEW and left_over(box) == [], again
         assert box.admin("GET", "/users", bearer=bearer).status == 200
+
+    @pytest.mark.parametrize(
+        "release, step, said, in_place",
+        [
+            ("good", "stopped", "interrupted, and .* is back", VERSION),
+            ("good", "replaced", "interrupted, and .* is back", VERSION),
+            ("good", "released", "interrupted, and .* is back", VERSION),
+            ("good", "accepted", "interrupted, and is finished", NEW),
+            ("not ready", "data back", "interrupted, and .* is back", VERSION),
+        ],
+    )
+    def test_what_it_leaves_behind_brings_the_server_back_by_itself(self, box, releases, release, step, said, in_place):
+        box.start()
+        bearer = box.admin_token()
+        done = self.kill(box, releases(release), step, is_guarded=True)
+        assert re.search(said, done.stderr), done
+        assert find_server(str(box.folder / "mad.db3")) and version(box) == in_place and left_over(box) == []
+        assert box.admin("GET", "/users", bearer=bearer).status == 200
+
+    def kill(self, box, source, step, is_guarded):
+        """Kill an upgrade at a step. Its output ends with what it has left behind."""
+        driver = DRIVER.format(
+            root=str(ROOT), step=step, archive=str(box.archive), source=str(source), is_guarded=is_guarded,
+            wait=4 if "not-ready" in source.name else 20,
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", driver], cwd=box.folder, env=box.environ, capture_output=True, text=True, timeout=120,
+        )
+        assert done.returncode == -signal.SIGKILL, done
+        return done
 
     def await_unlocked(self, box):
         """Wait until what worked on the data has ended with the upgrade."""
