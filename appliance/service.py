@@ -94,7 +94,8 @@ def python_of(root: str) -> str:
 
 
 def has_systemd(layout: Layout) -> bool:
-    return any(os.path.isdir(layout.at(path)) for path in ("/usr/lib/systemd/system", "/lib/systemd/system"))
+    """Return whether systemd is there. Its folder of units is no sign of it: packages put theirs there everywhere."""
+    return any(os.path.exists(layout.at(path)) for path in ("/usr/lib/systemd/systemd", "/lib/systemd/systemd"))
 
 
 def is_running_systemd(layout: Layout) -> bool:

@@ -345,6 +345,7 @@ def tree(tmp_path):
     root = tmp_path / "tree"
     for folder in ("usr/bin", "usr/lib/systemd/system", "etc"):
         (root / folder).mkdir(parents=True)
+    (root / "usr/lib/systemd/systemd").touch()
     root.chmod(0o755)
     (root / "usr/bin/python3").symlink_to("python3.11")
     (root / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\n")
@@ -574,7 +575,8 @@ class TestInstall:
         ],
     )
     def test_without_systemd_it_is_what_the_machine_has(self, tree, there, files, said):
-        shutil.rmtree(tree / "usr/lib/systemd")
+        (tree / "usr/lib/systemd/systemd").unlink()
+        (tree / "usr/lib/systemd/system/dbus.service").touch()  # of a package, which knows of systemd
         path = tree / there
         (path if there.endswith("/") else path.parent).mkdir(parents=True, exist_ok=True)
         if there and not there.endswith("/"):
