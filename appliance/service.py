@@ -599,7 +599,8 @@ def removal(layout: Layout, purge: bool, commands: dict[str, list[str]]) -> Iter
                 is_ours = OURS in file.read()
             if is_ours:
                 yield Step(f"remove {path}", functools.partial(remove_file, target))
-    for path in (layout.archive, RECORD):
+    # What an upgrade has left: the release before, and of one that was interrupted its copy and its journal.
+    for path in (layout.archive, *(layout.archive + end for end in (".previous", ".new", ".upgrade")), RECORD):
         if os.path.lexists(layout.at(path)):
             yield Step(f"remove {path}", functools.partial(remove_file, layout.at(path)))
     code = layout.at(layout.prefix + "/code")
