@@ -2532,7 +2532,8 @@ def render_status(status: dict) -> list[str]:
     rows.append(("last backup", f"{format_cell('made_at', last.get('at'))}{file}, {printable(last.get('kind'))}"
                  if last else "none"))
     if plan.get("every"):
-        rows.append(("next backup", f"{format_cell('next_at', plan.get('next_at'))}, {plan.get('keep')} are kept"))
+        when = format_cell("next_at", plan.get("next_at")) or "soon"
+        rows.append(("next backup", f"{when}, {plan.get('keep')} are kept"))
     rows.append(("disk", f"{_size(disk.get('free'))} of {_size(disk.get('total'))} free; database "
                  f"{_size(disk.get('database'))}, WAL {_size(disk.get('wal'))}, log {_size(disk.get('log'))}"))
     width = max(len(title) for title, _ in rows)

@@ -2206,6 +2206,12 @@ class TestStatus:
         assert words or done.stdout.endswith("warning: 1 MB is\\x1b[2J free\n")
         assert words != ["--quiet"] or done.stdout == "attention\n"
 
+    @pytest.mark.parametrize("next_at, said", [("2026-11-29T03:00:00Z", "2026-11-29 03:00:00Z"), (None, "soon")])
+    def test_it_says_when_the_next_backup_is_made(self, here, fake, next_at, said):
+        plan = {"every": 86400, "keep": 7, "next_at": next_at}
+        fake.answers["GET /status"] = (200, self.WELL | {"backups": plan}, {})
+        assert f"\nnext backup:  {said}, 7 are kept\n" in here("status", MAD_ADMIN_URL=fake.url).stdout
+
     def test_of_a_server_that_says_less(self, here, fake):
         """One of another release."""
         fake.answers["GET /status"] = (200, {}, {})
