@@ -7,7 +7,7 @@ in test_module.py, what README and manual say in test_readme.py, and faults/ is 
 
 Here: an Idp on a temporary database with a clock that tests move, both apps called in process, ADMIN called as an
 administrator (`call`), a set-up box in this process (`house`, opened with `opened`), one that serves from the archive
-(`box`, with the settings that a file calls BOX), and a machine's clock (`Machine`). A fixture of the same name in a
+(`box`, with the settings that a file calls BOX), a browser (`chromium`), and a machine's clock (`Machine`). A fixture of the same name in a
 file is that file's own.
 `box.py`: the archive in a folder of its own, on free ports. `browser.py`: a browser without a screen, in process.
 `faults/crowd.py`: crowds and patience; `ledger.py`: what was acknowledged; `failing.py`, `losing.py`: layers under a
@@ -49,6 +49,10 @@ settings.load_profile("house")
 hashlib.pbkdf2_hmac = functools.lru_cache(hashlib.pbkdf2_hmac)
 
 PASSWORD = "correct horse battery"
+QUIET_BROWSER = [
+    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync",
+]
 DATABASE_KEY = derive_key("a database phrase", bytes(range(16)))
 CHEAP = {"argon2id_memory": 64, "argon2id_time": 1, "argon2id_parallelism": 1}
 FILES = ("mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key")
@@ -395,6 +399,17 @@ def box(tmp_path_factory, request):
     """A box that serves, of the built archive, for all tests of a file, with the settings that the file calls BOX."""
     with Box(tmp_path_factory.mktemp("box") / "data", **getattr(request.module, "BOX", {})) as box:
         yield box
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A browser. One of a file: the loop that drives it would be in the way of tests with a loop of their own."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=QUIET_BROWSER)
+        yield browser
+        browser.close()
 
 
 class Machine:

@@ -5,13 +5,7 @@ import json
 import pytest
 from box import Box
 from conftest import PASSWORD
-from playwright.sync_api import expect, sync_playwright
-
-QUIET = [
-    "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync",
-]
-
+from playwright.sync_api import expect
 
 @pytest.fixture(scope="module")
 def box(tmp_path_factory):
@@ -39,17 +33,9 @@ def box(tmp_path_factory):
         yield box
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=QUIET)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
-def page(box, browser):
-    page = browser.new_page(viewport={"width": 320, "height": 700})
+def page(box, chromium):
+    page = chromium.new_page(viewport={"width": 320, "height": 700})
     page.troubles = []
     page.on("pageerror", lambda error: page.troubles.append(str(error)))
     page.goto(f"http://127.0.0.1:{box.auth_port}/login.html")
@@ -96,8 +82,8 @@ class TestLoginPage:
 class TestPkceDemo:
     """public/pkce_demo: a single-page application in plain modules."""
 
-    def test_sign_in_userinfo_refresh_renewal_and_sign_out(self, box, browser):
-        page = browser.new_page(viewport={"width": 320, "height": 800})
+    def test_sign_in_userinfo_refresh_renewal_and_sign_out(self, box, chromium):
+        page = chromium.new_page(viewport={"width": 320, "height": 800})
         troubles = []
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on(

@@ -4,19 +4,10 @@ import http.client
 import threading
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
-from test_browser import QUIET
+from playwright.sync_api import expect
 from test_browser_login import look
 from test_claim import Opened
 from test_oobe import PASSWORD, log_in
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=QUIET)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -13,9 +13,8 @@ import pyotp
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from box import Box
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 from conftest import PASSWORD
-from test_browser import QUIET
 
 VERIFIER = "v" * 43
 CHALLENGE = base64.urlsafe_b64encode(hashlib.sha256(VERIFIER.encode()).digest()).rstrip(b"=").decode()
@@ -94,14 +93,6 @@ def box(tmp_path_factory, application):
         call("POST", "/clients/web/cors-origins", application.callback.removesuffix("/cb"))
         call("POST", "/client/options/ENABLE_TOTP", {"client_id": "bank", "enabled": True})
         yield box
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=QUIET)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

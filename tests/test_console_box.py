@@ -11,10 +11,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from box import Box
 from playwright.sync_api import expect
-from test_console_browser import chromium, confirm, console, shoot, sign_in, visit  # noqa: F401 – fixtures
+from test_console_browser import confirm, console, look_around, shoot, sign_in, visit  # noqa: F401 – fixtures
 
 
 @pytest.fixture(scope="module")
@@ -420,19 +419,7 @@ class TestLooks:
         box.log_in("ann", scope="openid offline_access")
         if not box.call_admin("GET", "/backup"):
             box.call_admin("POST", "/backup", {})
-        page = visit(width, color_scheme=scheme, locale=locale)
-        page.locator("[name=username]").fill("root")
-        page.locator("[name=password]").fill(Box.PASSWORD)
-        page.locator("[type=submit]").click()
-        expect(page.locator(".top")).to_be_visible()
-        for place in PLACES:
-            page.evaluate("place => { location.hash = place }", place)
-            page.wait_for_load_state("networkidle")
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, place
-            found = Axe().run(page).response["violations"]
-            serious = [one for one in found if one["impact"] in ("serious", "critical")]
-            assert not serious, (place, [(one["id"], one["nodes"][0]["html"]) for one in serious])
-            shoot(page, f"{width}-{scheme}-{re.sub('[^a-z]+', '-', place)}")
+        look_around(visit, PLACES, width, scheme, locale)
 
     def test_a_row_of_each_list_is_reached_and_opened_by_keys(self, console):  # noqa: F811
         page = console("#/audit")

@@ -10,8 +10,7 @@ import pyotp
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from box import Box
-from playwright.sync_api import expect, sync_playwright
-from test_browser import QUIET
+from playwright.sync_api import expect
 
 SHOTS = os.environ.get("SCREENSHOTS", "")  # a folder to look at them in
 PASSWORD = "a phrase for the console"
@@ -49,14 +48,6 @@ def box(tmp_path_factory):
                 {"client_id": f"page-{number:02}", "display_name": f"page-{number:02}", "client_type": "public"},
             )
         yield box
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=QUIET)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -504,6 +495,23 @@ class TestKeyboard:
         expect(page.locator("main")).to_be_focused()
 
 
+def look_around(visit, places, width, scheme, locale):
+    """Sign in and go from place to place: each fits the width, and axe finds nothing serious."""
+    page = visit(width, color_scheme=scheme, locale=locale)
+    page.locator("[name=username]").fill("root")
+    page.locator("[name=password]").fill(Box.PASSWORD)
+    page.locator("[type=submit]").click()
+    expect(page.locator(".top")).to_be_visible()
+    for place in places:
+        page.evaluate("place => { location.hash = place }", place)
+        page.wait_for_load_state("networkidle")
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, place
+        found = Axe().run(page).response["violations"]
+        serious = [one for one in found if one["impact"] in ("serious", "critical")]
+        assert not serious, (place, [(one["id"], one["nodes"][0]["html"]) for one in serious])
+        shoot(page, f"{width}-{scheme}-{re.sub('[^a-z]+', '-', place)}")
+
+
 PLACES = [
     "", "#/applications", "#/applications/new", "#/me",
     *(f"#/applications/web/{tab}" for tab in ("connect", "secrets", "addresses", "rights", "tokens", "preview", "who", "danger")),
@@ -513,19 +521,7 @@ PLACES = [
 class TestLooks:
     @pytest.mark.parametrize("width, scheme, locale", [(320, "dark", "de-DE"), (1280, "light", "en-GB"), (2560, "dark", "en-GB")])
     def test_every_place_fits_and_axe_finds_nothing_serious(self, visit, width, scheme, locale):
-        page = visit(width, color_scheme=scheme, locale=locale)
-        page.locator("[name=username]").fill("root")
-        page.locator("[name=password]").fill(Box.PASSWORD)
-        page.locator("[type=submit]").click()
-        expect(page.locator(".top")).to_be_visible()
-        for place in PLACES:
-            page.evaluate("place => { location.hash = place }", place)
-            page.wait_for_load_state("networkidle")
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, place
-            found = Axe().run(page).response["violations"]
-            serious = [one for one in found if one["impact"] in ("serious", "critical")]
-            assert not serious, (place, [(one["id"], one["nodes"][0]["html"]) for one in serious])
-            shoot(page, f"{width}-{scheme}-{re.sub('[^a-z]+', '-', place)}")
+        look_around(visit, PLACES, width, scheme, locale)
 
     def test_the_sign_in_is_alike_at_320_pixels(self, visit):
         page = visit(320, 600)

@@ -6,12 +6,10 @@ from urllib.parse import urlencode
 
 import pyotp
 import pytest
-from axe_playwright_python.sync_playwright import Axe
-from box import Box
 from browser import CHALLENGE
 from playwright.sync_api import expect
 from test_console_browser import (  # noqa: F401 - fixtures
-    HOSTILE, PASSWORD, box, chromium, confirm, console, shoot, sign_in, visit,
+    HOSTILE, PASSWORD, box, confirm, console, look_around, shoot, sign_in, visit,
 )
 
 
@@ -364,16 +362,4 @@ class TestLooks:
             room.make("looked-at")
             room.box.call_admin("POST", "/permissions", {"name": "look:at"})
             room.token("looked-at")
-        page = visit(width, color_scheme=scheme, locale=locale)
-        page.locator("[name=username]").fill("root")
-        page.locator("[name=password]").fill(Box.PASSWORD)
-        page.locator("[type=submit]").click()
-        expect(page.locator(".top")).to_be_visible()
-        for place in PLACES:
-            page.evaluate("place => { location.hash = place }", place)
-            page.wait_for_load_state("networkidle")
-            assert page.evaluate("document.documentElement.scrollWidth") <= width, place
-            found = Axe().run(page).response["violations"]
-            serious = [one for one in found if one["impact"] in ("serious", "critical")]
-            assert not serious, (place, [(one["id"], one["nodes"][0]["html"]) for one in serious])
-            shoot(page, f"{width}-{scheme}-{re.sub('[^a-z]+', '-', place)}")
+        look_around(visit, PLACES, width, scheme, locale)
