@@ -680,8 +680,8 @@ class ListRoles(msgspec.Struct):
     all: bool = False
 
 
-class ListAudit(msgspec.Struct):
-    """`userId` is the actor; `target` matches target or secondary; `after` is an id: later rows, oldest first.
+class AuditFilter(msgspec.Struct):
+    """`userId` is the actor; `target` matches target or secondary.
 
     `about` is a user, by id or name: the rows of what the user did, and of what was done to the user.
     """
@@ -696,6 +696,11 @@ class ListAudit(msgspec.Struct):
     ip_address: str | None = None
     request_id: str | None = None
     about: str | None = None
+
+
+class ListAudit(AuditFilter):
+    """A page of the audit log; `after` is an id: later rows, oldest first."""
+
     after: Annotated[int, msgspec.Meta(ge=0, le=10**15)] | None = None
     limit: Annotated[int, msgspec.Meta(ge=-(10**9), le=10**9)] = 100
     offset: Offset = 0
@@ -708,19 +713,9 @@ class ReadHistory(msgspec.Struct):
     range: str = "1d"
 
 
-class ExportAudit(msgspec.Struct):
-    """The filters are those of ListAudit."""
+class ExportAudit(AuditFilter):
+    """The rows of the audit log that follow the id `after`."""
 
-    userId: str | None = None
-    user_id: str | None = None
-    action: str | None = None
-    target: str | None = None
-    since: str | int | None = None
-    until: str | int | None = None
-    result: Literal["success", "failure"] | None = None
-    ip_address: str | None = None
-    request_id: str | None = None
-    about: str | None = None
     after: Annotated[int, msgspec.Meta(ge=0, le=10**15)] = 0
     limit: Annotated[int, msgspec.Meta(ge=1, le=10_000)] = 10_000
 
