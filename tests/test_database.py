@@ -460,6 +460,48 @@ class TestGroups:
         ] == [None] * 6
         assert self.written(idp) == [0, 1, 2, 3, 4, 99]
 
+    def test_functions_that_run_together_share_one_commit_and_are_told_when_it_is_on_the_disk(self, idp, store):
+        works = [*self.writers(store, 50), lambda: early.append(self.written(idp))]
+        early = []
+        assert store.run_together(works) == [None] * 51
+        assert early == [[]] and self.written(idp) == list(range(50))
+        assert store.said.count("COMMIT") == store.said.count("BEGIN IMMEDIATE") == 1
+        assert store.group is None and not store.in_transaction
+
+    @pytest.mark.parametrize("place", [0, 1, 4])
+    def test_one_that_fails_among_those_that_run_together_hears_it_at_once_and_takes_none_along(self, idp, store, place):
+        def fail():
+            with pytest.raises(ZeroDivisionError), store.transaction():
+                store.put_meta("name99", 99)
+                raise ZeroDivisionError
+
+        works = self.writers(store, 4)
+        works.insert(place, fail)
+        assert store.run_together(works) == [None] * 5
+        assert self.written(idp) == [0, 1, 2, 3]
+
+    def test_threads_join_the_group_of_functions_that_run_together(self, idp, store):
+        def join():
+            thread = threading.Thread(target=store.put_meta, args=("name9", 9), daemon=True)
+            thread.start()
+            thread.join(30)
+            assert self.written(idp) == [0, 9]
+
+        works = [*self.writers(store, 1), join, functools.partial(store.put_meta, "name10", 10)]
+        assert store.run_together(works) == [None] * 3
+        assert self.written(idp) == [0, 9, 10] and store.said.count("BEGIN IMMEDIATE") == 2
+
+    def test_if_the_sync_fails_all_that_wrote_or_were_refused_together_are_told(self, idp, store, monkeypatch):
+        def refuse():
+            with pytest.raises(m.Problem), store.transaction():
+                raise m.Problem("invalid_grant")  # for what another has written, which will not be in force
+
+        self.fail_to_commit(store, monkeypatch)
+        outcomes = store.run_together([*self.writers(store, 3), refuse, lambda: None])
+        assert [type(outcome) for outcome in outcomes] == [Unavailable] * 4 + [type(None)]
+        monkeypatch.undo()
+        assert self.written(idp) == []
+
     def fail_to_commit(self, store, monkeypatch):
         def fail(connection):
             store.generation.unsynced = 1
