@@ -27,7 +27,8 @@ The life of a request
     route; Answer reads the form or the query once (Params), asks the route's guard who is calling, decodes
     the body that the route declares, and calls the handler. It turns the result - a dict, a record, a Page,
     a Redirect, a Reply or a raised Problem - into status, headers and body. A handler calls one service or
-    grant; services and grants hold the rules and call the Store; only the Store contains SQL.
+    grant; services and grants hold the rules and call the Store; only the Store contains SQL. A handler that is
+    a generator yields before its durable change: the changes of many then share a commit, in one thread.
 """
 
 if __name__ == "__main__":  # before the imports: the command line imports this module under its own name
@@ -52,8 +53,9 @@ import threading
 import time
 import unicodedata
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from types import GeneratorType
 from typing import Any, Literal, TypeGuard
 from urllib.parse import quote, unquote_to_bytes, urlencode, urlsplit
 
@@ -5631,6 +5633,36 @@ def audit_refused_privilege(idp: Idp, params, problem: Problem):
         audit_refusal(idp, params.caller, "privileged_request_refused", target, secondary, proven=True)
 
 
+def run_to_end(steps: Generator):
+    """Return the value of a generator, which waits for nobody."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
+def finish_durably(handler: Generator):
+    """Return the result of a handler that is a generator, or raise what it raises.
+
+    Waits where the handler does, and then until the commit: a refusal may rest on what others have written in it.
+    """
+    try:
+        next(handler)
+    except StopIteration as end:
+        return end.value
+    yield b""
+    result, failure = None, None
+    try:
+        result = run_to_end(handler)
+    except Exception as error:
+        failure = error
+    yield b""
+    if failure:
+        raise failure
+    return result
+
+
 class Answer:
     """Runs the guard and the handler of a route and renders the result. Every response of a route is made here."""
 
@@ -5638,13 +5670,19 @@ class Answer:
         self.idp = idp
 
     def run(self, route, environ, path):
-        """Return the result of the handler, or the rendered Problem that was raised."""
+        """Return the result of the handler, or the rendered Problem that was raised: a generator.
+
+        A handler may be a generator that yields once, before a durable change, which then shares its commit with those
+        of others. This yields there, and again when the change is made: until the commit, or Unavailable is thrown.
+        """
         params = Params(environ, path, route)
         try:
             caller = () if route.guard is anyone else (route.guard(self.idp, params),)
             params.decode()
             require_proof(self.idp, params)
             result = route.handler(self.idp, *caller, params)
+            if isinstance(result, GeneratorType):
+                result = yield from finish_durably(result)
             if route.versioned and environ["REQUEST_METHOD"] != "DELETE" and not isinstance(result, Msg):
                 return Reply(result, [("ETag", etag(result))])
             return result if route.status == 200 else Reply(result, status=route.status)
@@ -5959,7 +5997,7 @@ class App:
         def answer(**path):
             environ, started = bottle.request.environ, time.perf_counter()
             path = {name: value.replace(SLASH, "/") for name, value in path.items()}
-            result = self.answer.run(route, environ, path)
+            result = run_to_end(self.answer.run(route, environ, path))
             if not isinstance(result, bottle.HTTPResponse):
                 content = self.to_bottle(result, environ)
                 self.count(environ, route.paths[0], bottle.response.status_code, started)
@@ -6017,7 +6055,22 @@ class App:
                 self.count(environ, environ["PATH_INFO"], 204, started)  # a path without variables is a route
                 return [b""]
             return self.bottle(environ, start_response)
-        status, headers, body = self.answer.render(self.answer.run(route, environ, {}), environ)
+        steps = self.answer.run(route, environ, {})
+        try:
+            next(steps)
+        except StopIteration as end:
+            return self.finish(route, environ, start_response, started, end.value)
+        return self.go_on(route, environ, start_response, started, steps)
+
+    def go_on(self, route: Route, environ, start_response, started: float, steps: Generator[bytes, None, Any]):
+        """Give an empty part whenever the answer waits: the server goes on with others first. PEP 3333."""
+        yield b""
+        result = yield from steps
+        yield from self.finish(route, environ, start_response, started, result)
+
+    def finish(self, route: Route, environ, start_response, started: float, result) -> list[bytes]:
+        """Answer with the result of a route."""
+        status, headers, body = self.answer.render(result, environ)
         if route.cors and ("HTTP_ORIGIN" in environ or status == 304 or NO_STORE not in headers):
             headers += allow_origin(self.idp, environ)
         start_response(STATUS[status], [*headers, ("Content-Length", str(len(body)))])
@@ -6294,7 +6347,10 @@ def token(idp, client, params):
             raise Problem("unsupported_grant_type")
         if grant_type not in client.grant_types:
             raise Problem("unauthorized_client")
-        answer = issue(idp, client, GRANTS[grant_type](idp, client, params), params.caller)
+        granted = GRANTS[grant_type](idp, client, params)
+        if granted.account:
+            yield
+        answer = issue(idp, client, granted, params.caller)
         idp.counters.add(TOKENS, grant_type, client.client_id)
         return answer
     except Problem as problem:

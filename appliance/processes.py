@@ -553,6 +553,7 @@ class ServerProcess:
     def add_server(self, server: Server):
         # Each thread opens its connection at once: later, there may be no descriptor left for one.
         server.prepare_thread = lambda: self.store.connection
+        server.run_together = self.store.run_together
         self.servers.append(server)
 
     @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pyotp
 import pytest
 from conftest import CHEAP, PASSWORD, Caller
 from appliance.base.clock import RELEASED_AT
+from appliance.base.database import Unavailable
 from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES, AuthorizationCode
 from appliance.base.keys import b64url
@@ -383,6 +384,16 @@ class TestRefresh:
         assert self.turn(strict, service, first["refresh_token"]).json["error"] == "invalid_grant"
         assert self.turn(strict, service, second.json["refresh_token"]).json["error"] == "invalid_grant"
         assert strict.get("/me", bearer=second.json["access_token"]).status == 401
+
+    def test_it_is_answered_503_if_the_commit_that_it_shares_fails(self, idp, service, log_in, alice):
+        def app(environ, start_response):
+            steps = m.App(idp, m.AUTH)(environ, start_response)
+            assert next(steps) == next(steps) == b""  # before its change, and until that is on the disk
+            return [steps.throw(Unavailable("the disk", 5))]
+
+        answer = self.turn(Caller(app), service, log_in(alice)["refresh_token"])
+        assert (answer.status, answer.json["error"]) == (503, "temporarily_unavailable")
+        assert answer.headers["retry-after"] == "5"
 
     def test_another_family_lives_on(self, strict, service, log_in, alice):
         one, other = log_in(alice), log_in(alice)

@@ -1165,6 +1165,71 @@ class TestLastThread:
         assert told == [True, False]
 
 
+class TestTogether:
+    """An application that gives an empty part before its status goes on beside others. PEP 3333"""
+
+    @pytest.mark.parametrize(("error", "body"), [(None, b"done"), (RuntimeError("disk"), b"failed")])
+    def test_no_answer_is_sent_before_what_it_has_done_is_on_the_disk(self, run, error, body):
+        one, ran, go = run(threads=2, max_threads=3), threading.Semaphore(0), threading.Event()
+
+        def app(environ, start_response):
+            yield b""
+            ran.release()
+            given = b"done"
+            try:
+                yield b""
+            except RuntimeError:
+                given = b"failed"
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            yield given
+
+        def run_together(works):
+            done = [work() for work in works]
+            with one.server.blocking():
+                go.wait(10)
+            return [error] * len(done)
+
+        one.server.wsgi_app, one.server.run_together = app, run_together
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(one.connect(10)) for _ in range(5)]
+            for sock in socks:
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: box\r\n\r\n")
+            assert ran.acquire(timeout=10)
+            assert not select.select(socks, [], [], 0.3)[0]
+            go.set()
+            for sock in socks:
+                answer = b""
+                while not answer.endswith(body):
+                    part = sock.recv(10_000)
+                    assert part, answer
+                    answer += part
+                assert answer.startswith(b"HTTP/1.1 200 ")
+            for sock in socks:  # each connection takes its next request
+                sock.sendall(b"GET / HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
+            assert all(read_all(sock).endswith(body) for sock in socks)
+
+    def test_one_that_goes_on_alone_is_answered_while_no_thread_is_free_of_requests(self, run):
+        """Whoever took it is busy with another request by then: the lead passes on."""
+        one, go = run(threads=2, max_threads=3), threading.Event()
+
+        def app(environ, start_response):
+            if environ["PATH_INFO"] == "/holds":
+                go.wait(10)
+            else:
+                yield b""
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            yield b"done"
+
+        one.server.wsgi_app = app
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(one.connect(10)) for _ in range(2)]
+            for sock, path in zip(socks, (b"/together", b"/holds"), strict=True):
+                sock.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
+            assert read_all(socks[0]).endswith(b"done") and not go.is_set()
+            go.set()
+            assert read_all(socks[1]).endswith(b"done")
+
+
 class TestSweep:
     def test_threads_that_were_blocked_at_once_are_kept_until_the_next_sweep(self, run, monkeypatch):
         """Those that write in groups are blocked together and free together: they would end and begin all the time."""

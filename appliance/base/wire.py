@@ -29,7 +29,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any
 
 import cheroot.connections
@@ -52,6 +52,8 @@ SWEEP = 0.5      # seconds between two looks at the deadlines
 BACKLOG = 1024   # connections that wait to be accepted
 RETRY_SECONDS = 0.002  # seconds a thread waits after an error of its loop
 GATHER_SECONDS = 0.001  # the selector waits at most for the requests of a round to be taken
+POSTPONE_SECONDS = 0.01  # an answer waits no longer to go on together with others while more requests are queued
+TOGETHER_MAX = 100  # answers that go on together
 LEAD_SECONDS = 0.02     # a thread may take for one request before another takes those that are queued
 THREADS = 4  # of one port that are kept free for requests
 MAX_THREADS = 330  # of one port with those that are blocked: more than wait at the password gate (HashGate)
@@ -315,7 +317,7 @@ class Connection:
         "handshaking", "lingering", "unused", "deadline", "events",  # where it stands, and what it waits for
         "head", "tail", "received", "environ", "target", "body", "length", "left", "size", "count",
         "headed", "chunked", "began",  # the request that is arriving
-        "requests", "ended", "refusal", "expecting", "out", "last",  # what is still to be done
+        "requests", "ended", "refusal", "expecting", "steps", "out", "last",  # what is still to be done
     )
 
     def __init__(self, server, sock, address, base, names, trusted, counted):
@@ -328,6 +330,7 @@ class Connection:
         self.events = selectors.EVENT_READ
         self.requests: collections.deque[tuple[dict, bool]] = collections.deque()
         self.refusal: HttpRefusal | None = None
+        self.steps: Generator | None = None  # of the answer to a request that goes on beside others: Server.answer()
         self.out: bytes | memoryview = b""
         self.environ: Any = None  # of the request that is arriving
         self.target, self.received = b"", 0  # received: octets of the part that is being read
@@ -598,9 +601,41 @@ class Connection:
 
     def communicate(self):
         """Answer one whole request. False: close the connection. Called by a thread of cheroot's pool."""
+        steps = self.server.answer(*self.requests.popleft())
         try:
-            environ, keep = self.requests.popleft()
-            self.out, self.last = self.server.answer(environ, keep)
+            next(steps)
+        except StopIteration as end:
+            return self.send(*end.value)
+        self.steps = steps  # put_conn() postpones it
+        return True
+
+    def go_on(self):
+        """Do the next step of an answer."""
+        steps: Any = self.steps
+        try:
+            next(steps)
+        except StopIteration as end:
+            self.out, self.last = end.value
+
+    def finish(self, error: Exception | None):
+        """Send the answer whose steps are done, or that to their `error`. False: close the connection."""
+        steps: Any = self.steps
+        self.steps = None
+        try:
+            if self.out:  # it has not waited for the outcome
+                return error is None and self.send(self.out, self.last)
+            if error:
+                steps.throw(error)
+            else:
+                next(steps)
+        except StopIteration as end:
+            return self.send(*end.value)
+        return False
+
+    def send(self, out, last):
+        """Send an answer. False: close the connection."""
+        try:
+            self.out, self.last = out, last
             self.deadline = time.monotonic() + self.limits.send_seconds
             return self._transmit()
         except OSError:
@@ -739,6 +774,9 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
     """cheroot's pool, grown whenever handlers block, so that `min` threads are free for other requests.
 
     cheroot's own grow() polls for 100 ms until a thread runs, and nothing calls it.
+
+    Answers that would go on beside others are postponed until no request is queued, and go on in one thread: flat
+    combining. They come to share a commit so, and no thread is put to sleep and woken for each of them.
     """
 
     def __init__(self, server, min, max):
@@ -750,6 +788,9 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
         self._taken_at = 0.0
         self._drained = threading.Lock()  # released when the queue has become empty
         self._lock = threading.Lock()
+        self._postponed: collections.deque[Connection] = collections.deque()  # their answers wait to go on together
+        self._postponed_at = 0.0          # when the first of them did
+        self._combining = threading.Lock()  # held by the thread that lets them go on
         self._waiting = set()             # blocked threads
         self._blocked_most = 0            # the most of them at once since the last sweep
         self._called = threading.Event()  # threads are missing, or there was a sweep
@@ -768,15 +809,41 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
         One thread takes requests until it blocks, then another: running at once they would only wait for the GIL.
         """
         me: Any = threading.current_thread()
-        if not me.leads:
-            self._lead.acquire()
-            me.leads, self._leader = True, me
-        if self._queue.empty():
-            with contextlib.suppress(RuntimeError):  # nobody waits for it
-                self._drained.release()
+        while True:
+            if not me.leads:
+                self._lead.acquire()
+                me.leads, self._leader = True, me
+            if self._queue.empty():
+                with contextlib.suppress(RuntimeError):  # nobody waits for it
+                    self._drained.release()
+            if not self._postponed or not (self._queue.empty() or self._is_overdue()) or not self._combine():
+                break
         conn = self._queue.get()
         self._taken_at = time.monotonic()
+        if conn is cheroot.workers.threadpool._SHUTDOWNREQUEST:
+            self._combine()
         return conn
+
+    def _is_overdue(self):
+        return time.monotonic() - self._postponed_at > POSTPONE_SECONDS
+
+    def postpone(self, conn):
+        """Have an answer go on together with others that wait for that."""
+        if not self._postponed:
+            self._postponed_at = time.monotonic()
+        self._postponed.append(conn)
+
+    def _combine(self):
+        """Let all postponed answers go on, unless another thread does. Return whether this one did."""
+        did = False
+        # Looked at again after the release: another thread may have postponed one meanwhile and seen the lock held.
+        while self._postponed and self._combining.acquire(blocking=False):
+            try:
+                self.server.finish_together(self._postponed)
+            finally:
+                self._combining.release()
+            did = True
+        return did
 
     def release_lead(self, thread):
         """Let another thread take requests."""
@@ -787,7 +854,7 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
 
     def is_behind(self):
         """Return whether requests are queued. One that takes long does not hold up the others: it loses the lead."""
-        if self._queue.empty():
+        if self._queue.empty() and not self._postponed:
             return False
         if time.monotonic() - self._taken_at > LEAD_SECONDS and self._leader:
             self.release_lead(self._leader)
@@ -1056,6 +1123,8 @@ class Server(cheroot.wsgi.Server):
         self.log = log or (lambda event, **fields: None)
         self.requests = ThreadPool(self, threads, max_threads)
         self.beat = lambda: None  # called at every sweep
+        # Set by the process. Runs functions; returns for each None when what it has done is on the disk, or why not.
+        self.run_together: Callable = lambda works: [work() for work in works]
         self.prepare_thread: Callable = lambda: None  # called by each thread of the pool before it takes requests
         self._names = {trusted: HeaderKeys(trusted) for trusted in (False, True)}
         self._date = (0, "")
@@ -1207,6 +1276,8 @@ class Server(cheroot.wsgi.Server):
     def put_conn(self, conn):
         """Give a connection back to the selector, or to the pool. Called by cheroot's threads."""
         try:
+            if conn.steps is not None:
+                return self.requests.postpone(conn)  # from here on another thread may have it
             super().put_conn(conn)
         except Exception as error:
             conn.close()
@@ -1223,7 +1294,11 @@ class Server(cheroot.wsgi.Server):
         return self._date[1]
 
     def answer(self, environ, keep):
-        """Call the application. Return the whole response as octets, and whether it is the connection's last."""
+        """Call the application. Return the whole response as octets, and whether it is the connection's last.
+
+        This is a generator, which yields when the application gives an empty part before its status: it would rather
+        go on beside others that do the like, as PEP 3333 lets it. See finish_together().
+        """
         started: list[Any] = []
         parts: list[bytes] = []
 
@@ -1235,13 +1310,25 @@ class Server(cheroot.wsgi.Server):
         try:
             result = self.wsgi_app(environ, start_response)
             try:
-                parts.extend(result)
+                rest = iter(result)
+                part = next(rest, None)
+                while part is not None:
+                    if not part and not started:
+                        try:
+                            yield
+                        except Exception as error:
+                            part = rest.throw(error)
+                            continue
+                    parts.append(part)
+                    part = next(rest, None)
             finally:
                 if hasattr(result, "close"):
                     result.close()
             keep = keep and not self.draining  # asked after the call, which may have taken its time
             status, headers = started
             return self._write(environ, keep, status, headers, b"".join(parts)), not keep
+        except GeneratorExit:
+            raise
         except BaseException:  # a thread must survive whatever an application raises
             self.log("error", server=self.name, request_id=environ["microauthd.request_id"], exc_info=sys.exc_info())
             _, code, message = HTTP_REFUSALS[500]
@@ -1249,6 +1336,25 @@ class Server(cheroot.wsgi.Server):
             body = b'{"success":false,"message":"%b","error":"%b","request_id":"%b"}' % named
             headers = [*security_headers(scheme=environ["wsgi.url_scheme"]), *REFUSAL_HEADERS]
             return self._write(environ, keep, "500 Internal Server Error", headers, body), not keep
+
+    def finish_together(self, postponed):
+        """Let the answers of postponed connections go on, and send all when what they have done is on the disk."""
+        taken: list[Connection] = []
+
+        def steps():
+            while postponed and len(taken) < TOGETHER_MAX:
+                taken.append(postponed.popleft())
+                yield taken[-1].go_on
+
+        try:
+            outcomes = self.run_together(steps())
+        except Exception as error:
+            outcomes = [error] * len(taken)
+        for conn, outcome in zip(taken, outcomes, strict=True):
+            if conn.finish(outcome):
+                self.put_conn(conn)
+            else:
+                conn.close()
 
     def _write(self, environ, keep, status, headers, body):
         head_only = environ["REQUEST_METHOD"] == "HEAD"
