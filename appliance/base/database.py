@@ -35,6 +35,7 @@ GROUP_SECONDS = 0.02  # a transaction joins no group that began longer ago: a ch
 GATHER_SECONDS = 0.004  # how long a group is kept open for requests that are queued but may not write
 SLOW_SECONDS = 0.001  # a sync that takes longer leaves the requests that are queued to another thread
 SPARE_CONNECTIONS = 4  # idle connections kept for reuse; each has a page cache of up to a megabyte
+NOTHING = contextlib.nullcontext()
 NEVER = -1  # no number of recoveries: the connection that has it is not used again
 KDF_ROUNDS = 256_000  # SQLCipher 4's default, so that its own tools open the file with the passphrase
 
@@ -851,6 +852,13 @@ class Database:
             finally:
                 connection.execute("ROLLBACK")
 
+    def joining(self) -> contextlib.AbstractContextManager:
+        """Return transaction(), or in an open block what joins it without the work of a generator, as most do."""
+        if group := self.local.__dict__.get("group"):
+            group.check()
+            return NOTHING
+        return self.transaction()
+
     # -- statements --
 
     def one(self, record: type[Row], sql: str, **parameters: object) -> Row | None:
@@ -886,7 +894,7 @@ class Database:
         The guard is entered here too, so that a caller inside a longer transaction can catch Conflict
         at this statement and not only when that transaction ends.
         """
-        with self.transaction(), self.guard:
+        with self.joining(), self.guard:
             return self.connection.execute(sql, parameters).rowcount
 
     def changed(self, sql: str, **parameters: object) -> bool:
@@ -895,6 +903,6 @@ class Database:
 
     def insert(self, row: Row) -> Row:
         """Insert a whole row in transaction(), and return it."""
-        with self.transaction(), self.guard:
+        with self.joining(), self.guard:
             self.connection.execute(insert_statement(type(row)), msgspec.structs.astuple(row))
         return row
