@@ -28,7 +28,7 @@ from appliance.base.wal import forget_mark
 from microauthd import HERE, VERSION
 from appliance.backup import backup_files
 from appliance.status import TRIAL_SUFFIX, list_children
-from appliance.processes import ACCEPTED, GOING_BACK, READY, TRIED, ask_ready, find_server, hold_database
+from appliance.processes import ACCEPTED, GOING_BACK, READY, TRIED, ask_ready, find_server, fork_as, hold_database
 from appliance.recovery import COPY_SUFFIX, back_up, hold_setup, require_owner
 
 # == Archive ===================================================================
@@ -777,18 +777,16 @@ class Upgrade:
         It waits for the end of a pipe that this process alone holds. A word on that says that nothing is left to do.
         """
         reading, writing = os.pipe()
-        if pid := os.fork():
-            os.close(reading)
-            self.guard, self.guard_pid = writing, pid
-            return
-        try:
+
+        def watch():
             os.setsid()  # whoever kills the group of this one, or closes its terminal, leaves that one alone
             os.close(writing)
             if not os.read(reading, 1):
                 self.data.await_end()
                 self.finish_after_death()
-        finally:
-            os._exit(0)
+
+        self.guard, self.guard_pid = writing, fork_as(None, watch)
+        os.close(reading)
 
     def finish_after_death(self):
         """Do what the next call would, by the old program, since the new one may not even run; say what was done."""
