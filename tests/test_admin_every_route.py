@@ -218,6 +218,7 @@ class TestEveryChangeLeavesARow:
         "POST /users/<id>/<client_id>/disable-totp": ("/users/carol/service/disable-totp", None),
         "POST /roles": ("/roles", {"name": "new"}), "PUT /roles/<id>": ("/roles/ops", {"name": "renamed"}),
         "DELETE /roles/<id>": ("/roles/ops", None),
+        "PUT /brand": ("/brand", {"name": "North box"}), "DELETE /brand": ("/brand", None),
         "POST /roles/assign": ("/roles/assign", {"user_id": "carol", "role_id": "ops"}),
         "POST /roles/unassign": ("/roles/unassign", {"user_id": "alice", "role_id": "ops"}),
         "POST /roles/remove": ("/roles/remove", {"user_id": "alice", "role_id": "ops"}),
@@ -342,6 +343,8 @@ class TestEveryChangeLeavesARow:
         path, body = self.CHANGES[route]
         if route == "POST /audit-logs/purge":
             change("UPDATE audit SET at = at - 1000000 WHERE seq < 5")
+        if route == "DELETE /brand":
+            call("PUT", "/brand", {"name": "North box"})
         fill = lambda word: re.sub(r"\{(\w+)\}", lambda found: made[found[1]], word)  # noqa: E731
         body = (
             {

@@ -597,7 +597,7 @@ class TestSource:
         "GET /": "leads here", "GET /dashboard/": "is the console", "GET /dashboard/files/<version>/<name:path>": "is the console",
         "GET /.well-known/microauthd/ca.pem": "for programs, before they trust the box",
         "POST /token": "for clients with a bearer token", "POST /logout": "for clients with a bearer token",
-        "GET /metrics": "for programs; Home draws them", "GET /openapi.json": "Settings leads to the page that shows it",
+        "GET /dashboard/preview": "the frame of Settings shows it", "GET /metrics": "for programs; Home draws them", "GET /openapi.json": "Settings leads to the page that shows it",
         "GET /swagger/rapidoc-min.js": "belongs to that page",
         "GET /users/id-by-name/<name>": "a GET by name does it", "GET /roles/id-by-name/<name>": "a GET by name does it",
         "GET /permissions/id-by-name/<name>": "a GET by name does it", "GET /scopes/id-by-name/<name>": "a GET by name does it",

@@ -439,6 +439,7 @@ class TestKeyboard:
         page.keyboard.press("Enter")
         expect(page.get_by_role("heading", name="page-07")).to_be_focused()
         page.keyboard.press("Control+k")
+        expect(page.get_by_role("combobox", name="Find or do")).to_be_focused()
         page.keyboard.type("my acc")
         expect(page.get_by_role("dialog").get_by_role("option").first).to_contain_text("My account")
         page.keyboard.press("Escape")

@@ -1697,7 +1697,8 @@ class TestConfirmation:
             command.name
             for command in mad.COMMANDS
             if command.name.split()[-1].startswith(("delete", "purge", "disable-"))
-            or command.name in ("user revoke", "client revoke", "session revoke-all", "sessionctl revoke-all", "key revoke")
+            or command.name
+            in ("user revoke", "client revoke", "session revoke-all", "sessionctl revoke-all", "key revoke", "brand reset")
         }
         assert marked == destructive
 
