@@ -2,16 +2,15 @@
 
 import pytest
 from playwright.sync_api import expect
-from test_browser import browser  # noqa: F401
 
 BOX = {"workers": "1", "enable_auth_swagger": "true", "enable_admin_swagger": "true"}
 
 
 @pytest.fixture(params=["auth", "admin"])
-def shown(box, browser, request):  # noqa: F811
+def shown(box, chromium, request):
     """The page, what it asked for, and what the browser had to say about it."""
     origin = f"http://127.0.0.1:{box.auth_port if request.param == 'auth' else box.admin_port}"
-    page = browser.new_page(viewport={"width": 1200, "height": 800})
+    page = chromium.new_page(viewport={"width": 1200, "height": 800})
     page.origin, page.asked, page.troubles, page.port = origin, [], [], request.param
     page.on("request", lambda asked: page.asked.append(asked.url))
     page.on("requestfailed", lambda asked: page.troubles.append(f"failed: {asked.url}"))
