@@ -75,7 +75,8 @@ def path_of(path):
 def options(tmp_path):
     return Options(
         **CHEAP, enable_token_refresh=True, oidc_issuer="https://idp.example", admin_domain="localhost",
-        totp_qr_output_root=str(tmp_path),
+        totp_qr_output_root=str(tmp_path), token_signing_key_file=str(tmp_path / "token.pem"),
+        admin_token_signing_key_file=str(tmp_path / "admin_token.pem"),
     )
 
 
