@@ -425,10 +425,19 @@ LOCAL_LIMITS, LOCAL_THREADS = Limits(connections=32), 8
 LOCAL_DESCRIPTORS = LOCAL_LIMITS.connections + 2 * LOCAL_THREADS
 # For database connections, the log, pipes and the Unix socket: network connections must not take these.
 DESCRIPTORS_KEPT = 256 + LOCAL_DESCRIPTORS
+# What a process has open besides: the log, locks, pipes and listeners, and the database connections of its own threads.
+OTHER_DESCRIPTORS = 48
+# What each port has where there are few. A thread has a connection to the database, which is the file and its WAL.
+LEAST_CONNECTIONS, LEAST_THREADS = 64, 8
+# What a thread takes of the address space: its stack of 8 MB, and some of what it works with.
+THREAD_ADDRESS_SPACE = 9 << 20
 
 
-LEAST_DESCRIPTORS = 64  # with fewer, threads find none for their database connections, and answer 503
-LEAST_ADDRESS_SPACE = 320 << 20  # with less, threads find no room for their stacks, and Argon2 none for its work
+# With fewer, network connections take those of the database: requests wait for seconds, and some are answered 503.
+LEAST_DESCRIPTORS = 2 * (LEAST_CONNECTIONS + 2 * LEAST_THREADS) + LOCAL_DESCRIPTORS + OTHER_DESCRIPTORS
+# With less, threads find no room for their stacks, and Argon2 none for its work: the program and the least of threads
+# take 370 MB, and hashes that run at once 34 MB each.
+LEAST_ADDRESS_SPACE = 512 << 20
 
 
 def check_limits():
@@ -459,16 +468,22 @@ def grant_connections(servers: int) -> Limits:
     if allowed < target:
         resource.setrlimit(resource.RLIMIT_NOFILE, (target, hard))
         allowed = target
-    return Limits(connections=max(64, min(most, (allowed - DESCRIPTORS_KEPT) // servers)))
+    return Limits(connections=max(LEAST_CONNECTIONS, min(most, (allowed - DESCRIPTORS_KEPT) // servers)))
 
 
 def grant_threads(servers: int, limits: Limits) -> int:
-    """Return how many threads each server may have: as many as there are descriptors for the database, two a thread."""
-    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if allowed == resource.RLIM_INFINITY:
-        return MAX_THREADS
-    left = allowed - servers * limits.connections - LOCAL_DESCRIPTORS - 32
-    return max(16, min(MAX_THREADS, left // (2 * servers)))
+    """Return how many threads each server may have: as many as there is address space for, and descriptors for the
+    database, two a thread. getrlimit(2).
+    """
+    threads = MAX_THREADS
+    descriptors, space = (resource.getrlimit(limit)[0] for limit in (resource.RLIMIT_NOFILE, resource.RLIMIT_AS))
+    if descriptors != resource.RLIM_INFINITY:
+        left = descriptors - servers * limits.connections - LOCAL_DESCRIPTORS - OTHER_DESCRIPTORS
+        threads = min(threads, left // (2 * servers))
+    if space != resource.RLIM_INFINITY:
+        left = space - LEAST_ADDRESS_SPACE
+        threads = min(threads, LEAST_THREADS + left // (THREAD_ADDRESS_SPACE * servers))
+    return max(LEAST_THREADS, threads)
 
 
 class ServerProcess:

@@ -123,11 +123,11 @@ class TestLimits:
     @pytest.mark.parametrize(
         "limit, amount, said",
         [
-            (resource.RLIMIT_NOFILE, 63, "open files (ulimit -n, LimitNOFILE=) is 63, and the server needs 64"),
-            (resource.RLIMIT_NOFILE, 16, "open files (ulimit -n, LimitNOFILE=) is 16, and the server needs 64"),
+            (resource.RLIMIT_NOFILE, 255, "open files (ulimit -n, LimitNOFILE=) is 255, and the server needs 256"),
+            (resource.RLIMIT_NOFILE, 16, "open files (ulimit -n, LimitNOFILE=) is 16, and the server needs 256"),
             (resource.RLIMIT_NOFILE, 15, "open files (ulimit -n) is too low: the program needs 16"),
-            (resource.RLIMIT_AS, 319 << 20, "address space (ulimit -v, LimitAS=) is 319 MB, and the server needs 320 MB"),
-            (resource.RLIMIT_AS, 100 << 20, "address space (ulimit -v, LimitAS=) is 100 MB, and the server needs 320 MB"),
+            (resource.RLIMIT_AS, 511 << 20, "address space (ulimit -v, LimitAS=) is 511 MB, and the server needs 512 MB"),
+            (resource.RLIMIT_AS, 100 << 20, "address space (ulimit -v, LimitAS=) is 100 MB, and the server needs 512 MB"),
             (resource.RLIMIT_AS, 95 << 20, "address space (ulimit -v) is too low: the program needs 96 MB"),
         ],
     )
@@ -163,7 +163,7 @@ class TestLimits:
     def test_the_least_is_enough_to_serve(self, tmp_path, workers, monkeypatch):
         with Box(tmp_path, workers=workers) as box:
             box.stop()
-            limits = ((resource.RLIMIT_NOFILE, (64, 64)), (resource.RLIMIT_AS, (320 << 20, 320 << 20)))
+            limits = ((resource.RLIMIT_NOFILE, (256, 256)), (resource.RLIMIT_AS, (512 << 20, 512 << 20)))
             start = functools.partial(subprocess.Popen, preexec_fn=lambda: [resource.setrlimit(*limit) for limit in limits])
             monkeypatch.setattr(subprocess, "Popen", start)
             box.start()

@@ -25,9 +25,11 @@ from appliance.base.clock import Timekeeper
 from appliance.base.settings import Options
 from appliance.base.database import read_database_key
 from appliance.base.store import Store
+from appliance.base.wire import Limits
 from appliance.processes import (
-    DESCRIPTORS_KEPT, bind_local_socket, find_local_users, grant_connections, grant_threads, remove_local_socket,
-    start_clock,
+    DESCRIPTORS_KEPT, LEAST_ADDRESS_SPACE, LEAST_CONNECTIONS, LEAST_DESCRIPTORS, LEAST_THREADS, LOCAL_DESCRIPTORS,
+    OTHER_DESCRIPTORS, THREAD_ADDRESS_SPACE, bind_local_socket, find_local_users, grant_connections, grant_threads,
+    remove_local_socket, start_clock,
 )
 
 REFRESH = {"grant_type": "refresh_token"}
@@ -211,13 +213,26 @@ class TestStarting:
         finally:
             box.stop()
 
-    def test_no_more_connections_than_descriptors(self):
+    @pytest.mark.parametrize("servers, most", [(1, 512), (2, 512), (2, LEAST_DESCRIPTORS), (1, LEAST_DESCRIPTORS)])
+    def test_no_more_connections_than_descriptors(self, servers, most):
 
         def work():
-            resource.setrlimit(resource.RLIMIT_NOFILE, (512, 512))
-            limits = grant_connections(1)
-            assert limits.connections == 512 - DESCRIPTORS_KEPT
-            assert limits.connections + 2 * grant_threads(1, limits) <= 512 - 32
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+            limits = grant_connections(servers)
+            assert limits.connections == max(LEAST_CONNECTIONS, (most - DESCRIPTORS_KEPT) // servers)
+            taken = servers * (limits.connections + 2 * grant_threads(servers, limits))
+            assert taken <= most - LOCAL_DESCRIPTORS - OTHER_DESCRIPTORS
+
+        assert in_child(work) == 0
+
+    @pytest.mark.parametrize("more", [0, 20])
+    def test_no_more_threads_than_address_space(self, more):
+
+        def work():
+            space = LEAST_ADDRESS_SPACE + 2 * more * THREAD_ADDRESS_SPACE
+            resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+            resource.setrlimit(resource.RLIMIT_AS, (space, space))
+            assert grant_threads(2, Limits(connections=64)) == LEAST_THREADS + more
 
         assert in_child(work) == 0
 
