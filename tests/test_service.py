@@ -837,11 +837,11 @@ class TestContainer:
         told = dict(line.split("=", 1) for line in (box.folder / "first-clients.txt").read_text().splitlines())
         box.client = told["client_id"], told["client_secret"]
         assert box.token().status == 200
-        output = (box.folder / "output.txt").read_text()
-        assert " serving " in output and told["client_secret"] not in output and not box.log()  # it is stdout's
         conf = (box.folder / "mad.conf").read_text()
         assert "a database phrase" not in conf and Box.PASSWORD not in conf
         assert box.stop() == 0
+        output = (box.folder / "output.txt").read_text()  # complete now: the processes serve before the line says so
+        assert " serving " in output and told["client_secret"] not in output and not box.log()  # it is stdout's
         box.start()  # now it is set up
         assert box.token().status == 200 and box.stop() == 0
 
