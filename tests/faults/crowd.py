@@ -96,7 +96,10 @@ def many_descriptors():
 
 
 class Patron(threading.Thread):
-    """Does its `once` again and again, over one kept connection or a fresh one each time, and notes what was not a 200."""
+    """Does its `once` again and again, over one kept connection or a fresh one each time, and notes what was not a 200.
+
+    `bad` has of each failure the local port of the connection, when that was begun, and the error.
+    """
 
     def __init__(self, box, fresh=False, source="127.0.0.1", port=None, pause=0.002, most=None):
         super().__init__(daemon=True)
@@ -104,7 +107,7 @@ class Patron(threading.Thread):
             box, fresh, source, port or box.auth_port, pause, most,
         )
         self.times, self.bad, self.ending = [], [], threading.Event()
-        self.connection, self.used = None, False
+        self.connection, self.used, self.connected = None, False, 0.0
 
     def __enter__(self):
         self.start()
@@ -135,12 +138,12 @@ class Patron(threading.Thread):
             began, local = time.monotonic(), 0
             try:
                 if self.connection is None:
-                    self.connection, self.used = self.connect(), False
+                    self.connection, self.used, self.connected = self.connect(), False, began
                 local = self.connection.sock.getsockname()[1]
                 self.once()
                 self.used = True
             except (OSError, http.client.HTTPException, ValueError, AssertionError) as error:
-                self.bad.append((local, began, repr(error)))
+                self.bad.append((local, self.connected, repr(error)))
                 self.drop()
             self.times.append(time.monotonic() - began)
             if self.fresh:
