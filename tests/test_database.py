@@ -502,6 +502,33 @@ class TestGroups:
         monkeypatch.undo()
         assert self.written(idp) == []
 
+    def test_those_that_run_together_take_no_connection_that_another_thread_still_has(self, store, monkeypatch):
+        monkeypatch.setattr("appliance.base.database.GROUP_MAX", 2)
+        began, mine, theirs = threading.Event(), [], []
+
+        def begin():
+            with store.transaction():
+                store.put_meta("name1", 1)
+                began.set()
+                while not store.waiters:
+                    time.sleep(0.001)
+            mine.append(store.connection)
+
+        def run():
+            store.run_together(self.writers(store, 1))
+            theirs.append(store.connection)
+            done.wait(30)
+
+        done = threading.Event()
+        threads = [threading.Thread(target=target, daemon=True) for target in (begin, run)]
+        threads[0].start()
+        assert began.wait(30)
+        threads[1].start()
+        threads[0].join(30)
+        done.set()
+        threads[1].join(30)
+        assert len(mine) == len(theirs) == 1 and mine[0] is not theirs[0]
+
     def fail_to_commit(self, store, monkeypatch):
         def fail(connection):
             store.generation.unsynced = 1

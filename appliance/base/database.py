@@ -238,13 +238,14 @@ class Group:
 
     It is open in the connection of the thread that began it; the holder of the write lock changes it. `size` counts
     the blocks that have run. `done` is held until `over`; `committed` is the outcome, and `error` its cause if known.
+    `left` says that the thread that began it goes on with another connection.
     """
 
-    __slots__ = ("pooled", "began", "size", "identity", "over", "committed", "error", "done")
+    __slots__ = ("pooled", "began", "size", "identity", "left", "over", "committed", "error", "done")
 
     def __init__(self, pooled: PooledConnection) -> None:
         self.pooled, self.began, self.size, self.identity = pooled, time.monotonic(), 0, False
-        self.over, self.committed = False, False
+        self.left, self.over, self.committed = False, False, False
         self.error: BaseException | None = None
         self.done = threading.Lock()
         self.done.acquire()
@@ -717,8 +718,8 @@ class Database:
                     group.connection.execute("ROLLBACK")
         finally:
             group.over = True
-            if self.joined is not None and "pooled" not in self.local.__dict__:
-                self.local.pooled = group.pooled  # its cache is newest
+            if self.joined is not None and group.left and "pooled" not in self.local.__dict__:
+                self.local.pooled = group.pooled  # its cache is newest, and no other thread has it
             try:
                 self.release_process_lock()
             finally:
@@ -762,6 +763,7 @@ class Database:
         """End a transaction of run_together(), which waits for the group: raise what its block raised."""
         if self.local.__dict__.get("pooled") is group.pooled and not group.over:
             del self.local.pooled  # the group's, while it is open: this thread goes on to read what is committed
+            group.left = True  # not before: a thread that closes the group takes the connection then
         if group.size or not failure:
             self.local.joined.append(group)
         if failure:
