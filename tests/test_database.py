@@ -529,6 +529,34 @@ class TestGroups:
         threads[1].join(30)
         assert len(mine) == len(theirs) == 1 and mine[0] is not theirs[0]
 
+    def test_those_that_run_together_do_not_wait_for_a_thread_that_waits_for_others(self, idp, store, monkeypatch):
+        went, go, ended = threading.Event(), threading.Event(), []
+
+        @contextlib.contextmanager
+        def blocking():
+            go.set()
+            yield
+
+        def join():
+            with store.transaction():
+                store.put_meta("name9", 9)
+                went.set()
+                go.wait(30)
+
+        def begin():
+            thread.start()
+            assert went.wait(30)
+
+        thread = threading.Thread(target=join, daemon=True)
+        works = [*self.writers(store, 1), begin]
+        runner = threading.Thread(target=lambda: ended.append(store.run_together(works)), daemon=True)
+        monkeypatch.setattr(store, "blocking", blocking)
+        monkeypatch.setattr(store, "expecting", lambda: True)
+        runner.start()
+        for each in (runner, thread):
+            each.join(10)
+        assert ended == [[None] * 2] and self.written(idp) == [0, 9]
+
     def fail_to_commit(self, store, monkeypatch):
         def fail(connection):
             store.generation.unsynced = 1

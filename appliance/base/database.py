@@ -725,16 +725,20 @@ class Database:
             finally:
                 group.done.release()
 
-    def await_group(self, group: Group) -> None:
-        """Wait until a group is committed or has failed. Commit it if no other thread does."""
+    def await_group(self, group: Group, goes_first: bool = False) -> None:
+        """Wait until a group is committed or has failed. Commit it if no other thread does.
+
+        The thread that began it does so soon, as does one that `goes_first`; the others long after it.
+        """
         founded = self.local.__dict__.get("pooled") is group.pooled
+        seconds = GATHER_SECONDS if founded or goes_first else 10 * GROUP_SECONDS
         try:
             if not founded:
                 self.lend()
             with self.blocking():
                 while not group.over:
                     # Each that wakes lets the next one wake: all at once they would only contend for the GIL.
-                    if group.done.acquire(timeout=GATHER_SECONDS if founded else 10 * GROUP_SECONDS):
+                    if group.done.acquire(timeout=seconds):
                         group.done.release()
                     else:
                         self.commit_overdue(group)
@@ -800,7 +804,7 @@ class Database:
             finally:
                 self.write_lock.release()
         if not group.over:
-            self.await_group(group)
+            self.await_group(group, True)
 
     @contextlib.contextmanager
     def transaction(self, identity: bool = False) -> Iterator[None]:
