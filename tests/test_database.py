@@ -557,6 +557,32 @@ class TestGroups:
             each.join(10)
         assert ended == [[None] * 2] and self.written(idp) == [0, 9]
 
+    @pytest.mark.parametrize("where", ["join", "finish_group"])
+    def test_no_group_is_left_open_if_there_is_no_memory_in_those_that_run_together(
+        self, idp, store, monkeypatch, where
+    ):
+        """An open one keeps the turn to write from all other processes."""
+        original, failed = getattr(store, where), []
+
+        def fail(group, *more):
+            if not failed:
+                failed.append(group)
+                raise MemoryError
+            return original(group, *more)
+
+        def write(number):
+            with contextlib.suppress(MemoryError):
+                store.put_meta(f"name{number}", number)
+
+        def end():
+            with store.writing():
+                pass
+
+        monkeypatch.setattr(store, where, fail)
+        works = [functools.partial(write, 0), end, functools.partial(write, 1)]
+        assert store.run_together(works[2:] if where == "join" else works)[-1] is None
+        assert failed and store.group is None and self.written(idp)[-1] == 1
+
     def fail_to_commit(self, store, monkeypatch):
         def fail(connection):
             store.generation.unsynced = 1

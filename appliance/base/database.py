@@ -768,8 +768,8 @@ class Database:
         if self.local.__dict__.get("pooled") is group.pooled and not group.over:
             del self.local.pooled  # the group's, while it is open: this thread goes on to read what is committed
             group.left = True  # not before: a thread that closes the group takes the connection then
-        if group.size or not failure:
-            self.local.joined.append(group)
+        if failure and not group.size:
+            self.local.joined.remove(group)  # it ended with this block, which has read nothing of others
         if failure:
             raise failure
         if group.over and not group.committed:
@@ -791,7 +791,10 @@ class Database:
         finally:
             local.joined = None
             for group in {id(group): group for groups in joined for group in groups}.values():
-                self.finish_group(group)
+                try:
+                    self.finish_group(group)
+                except Exception as error:  # the group is over: whether it is committed says its member below
+                    group.error = group.error or error
         failed = [next((group for group in groups if not group.committed), None) for groups in joined]
         return [group and Unavailable(f"database: {group.error}", 5) for group in failed]
 
@@ -826,6 +829,8 @@ class Database:
             with self.taking_turns():
                 group = self.enter_group()
                 try:
+                    if self.joined is not None:
+                        self.joined.append(group)
                     with self.using(group):
                         yield
                 except BaseException as error:
