@@ -5645,22 +5645,25 @@ def run_to_end(steps: Generator):
 def finish_durably(handler: Generator):
     """Return the result of a handler that is a generator, or raise what it raises.
 
-    Waits where the handler does, and then until the commit: a refusal may rest on what others have written in it.
+    Waits where the handler does, and when its change is made until the commit: a refusal may rest on what others have
+    written in it. A handler that yields once more goes on after the commit.
     """
     try:
         next(handler)
     except StopIteration as end:
         return end.value
     yield b""
-    result, failure = None, None
+    result, failure, has_ended = None, None, False
     try:
-        result = run_to_end(handler)
+        next(handler)
+    except StopIteration as end:
+        result, has_ended = end.value, True
     except Exception as error:
         failure = error
     yield b""
     if failure:
         raise failure
-    return result
+    return result if has_ended else run_to_end(handler)
 
 
 class Answer:
@@ -5672,8 +5675,8 @@ class Answer:
     def run(self, route, environ, path):
         """Return the result of the handler, or the rendered Problem that was raised: a generator.
 
-        A handler may be a generator that yields once, before a durable change, which then shares its commit with those
-        of others. This yields there, and again when the change is made: until the commit, or Unavailable is thrown.
+        A handler may be a generator that yields before a durable change, which then shares its commit with those of
+        others. This yields there, and again when the change is made: until the commit, or Unavailable is thrown.
         """
         params = Params(environ, path, route)
         try:
@@ -6351,6 +6354,8 @@ def token(idp, client, params):
         if granted.account:
             yield
         answer = issue(idp, client, granted, params.caller)
+        if granted.account:
+            yield  # what is counted is on the disk
         idp.counters.add(TOKENS, grant_type, client.client_id)
         return answer
     except Problem as problem:

@@ -12,6 +12,7 @@ import pytest
 from conftest import CHEAP, PASSWORD, Caller
 from appliance.base.clock import RELEASED_AT
 from appliance.base.database import Unavailable
+from appliance.base.metrics import TOKENS
 from appliance.base.settings import Options
 from appliance.base.store import MAD_ADMIN_ROLE_ID, SEEDED_SCOPES, AuthorizationCode
 from appliance.base.keys import b64url
@@ -394,6 +395,7 @@ class TestRefresh:
         answer = self.turn(Caller(app), service, log_in(alice)["refresh_token"])
         assert (answer.status, answer.json["error"]) == (503, "temporarily_unavailable")
         assert answer.headers["retry-after"] == "5"
+        assert (TOKENS.name, (m.REFRESH_TOKEN, service[0])) not in idp.counters.totals(), "none was issued"
 
     def test_another_family_lives_on(self, strict, service, log_in, alice):
         one, other = log_in(alice), log_in(alice)
