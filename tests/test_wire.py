@@ -1208,6 +1208,23 @@ class TestTogether:
                 sock.sendall(b"GET / HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
             assert all(read_all(sock).endswith(body) for sock in socks)
 
+    def test_one_that_has_waited_goes_on_while_another_thread_waits_for_requests(self, run, monkeypatch):
+        """That thread has the lead, and nothing wakes it: no request comes, and no sweep."""
+        monkeypatch.setattr(Server, "expiration_interval", 60)
+        one = run(threads=2, max_threads=3)
+
+        def app(environ, start_response):
+            with one.server.blocking():
+                while one.server.requests._leader is threading.current_thread():
+                    time.sleep(0.001)
+                time.sleep(0.2)  # the selector waits by now
+            yield b""
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            yield b"done"
+
+        one.server.wsgi_app = app
+        assert one.get().endswith(b"done")
+
     def test_one_that_goes_on_alone_is_answered_while_no_thread_is_free_of_requests(self, run):
         """Whoever took it is busy with another request by then: the lead passes on."""
         one, go = run(threads=2, max_threads=3), threading.Event()

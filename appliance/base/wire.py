@@ -811,12 +811,11 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
         me: Any = threading.current_thread()
         while True:
             if not me.leads:
-                self._lead.acquire()
-                me.leads, self._leader = True, me
+                self._take_lead(me)
             if self._queue.empty():
                 with contextlib.suppress(RuntimeError):  # nobody waits for it
                     self._drained.release()
-            if not self._postponed or not (self._queue.empty() or self._is_overdue()) or not self._combine():
+            if not self._is_due() or not self._combine():
                 break
         conn = self._queue.get()
         self._taken_at = time.monotonic()
@@ -824,8 +823,19 @@ class ThreadPool(cheroot.workers.threadpool.ThreadPool):
             self._combine()
         return conn
 
-    def _is_overdue(self):
-        return time.monotonic() - self._postponed_at > POSTPONE_SECONDS
+    def _take_lead(self, me):
+        """Wait for the lead. Meanwhile let postponed answers go on: whoever has the lead may wait for a request."""
+        while not self._lead.acquire(blocking=False):
+            if self._is_due() and self._combine():
+                continue
+            if self._lead.acquire(timeout=POSTPONE_SECONDS if self._postponed else -1):
+                break
+        me.leads, self._leader = True, me
+
+    def _is_due(self):
+        """Return whether postponed answers are to go on now."""
+        is_overdue = time.monotonic() - self._postponed_at > POSTPONE_SECONDS
+        return bool(self._postponed) and (is_overdue or self._queue.empty())
 
     def postpone(self, conn):
         """Have an answer go on together with others that wait for that."""
