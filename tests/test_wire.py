@@ -1225,6 +1225,44 @@ class TestTogether:
         one.server.wsgi_app = app
         assert one.get().endswith(b"done")
 
+    @pytest.mark.parametrize("step", ["go_on", "finish"])
+    def test_one_that_cannot_even_be_told_takes_none_along(self, run, monkeypatch, step):
+        one, waiting, failed = run(threads=2, max_threads=3), [], []
+
+        def app(environ, start_response):
+            yield b""
+            if environ["PATH_INFO"] == "/last" and step == "go_on":
+                raise RuntimeError
+            yield b""
+            if environ["PATH_INFO"] == "/last":
+                raise RuntimeError
+            start_response("200 OK", [("Content-Type", "text/plain")])
+            yield b"done"
+
+        write, postpone = one.server._write, one.server.requests.postpone
+
+        def fail(environ, keep, status, headers, body):
+            if status.startswith("500"):
+                failed.append(status)
+                raise MemoryError
+            return write(environ, keep, status, headers, body)
+
+        def gather(conn):
+            waiting.append(conn)
+            if len(waiting) == 3:
+                for each in sorted(waiting, key=lambda each: each is not waiting[-1]):
+                    postpone(each)
+
+        monkeypatch.setattr(one.server, "_write", fail)
+        monkeypatch.setattr(one.server.requests, "postpone", gather)
+        one.server.wsgi_app = app
+        with contextlib.ExitStack() as stack:
+            socks = [stack.enter_context(one.connect()) for _ in range(3)]
+            for sock, path in zip(socks, (b"/one", b"/two", b"/last"), strict=True):
+                sock.sendall(b"GET " + path + b" HTTP/1.1\r\nHost: box\r\nConnection: close\r\n\r\n")
+                time.sleep(0.05)
+            assert [read_all(sock)[-4:] for sock in socks] == [b"done", b"done", b""] and failed
+
     def test_one_that_goes_on_alone_is_answered_while_no_thread_is_free_of_requests(self, run):
         """Whoever took it is busy with another request by then: the lead passes on."""
         one, go = run(threads=2, max_threads=3), threading.Event()

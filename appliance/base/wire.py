@@ -610,26 +610,30 @@ class Connection:
         return True
 
     def go_on(self):
-        """Do the next step of an answer."""
+        """Do the next step of an answer. Raises nothing: others go on after it."""
         steps: Any = self.steps
         try:
             next(steps)
         except StopIteration as end:
             self.out, self.last = end.value
+        except BaseException:  # answer() had no memory to tell it: the steps have ended
+            self.steps = None
 
-    def finish(self, error: Exception | None):
+    def finish(self, error: BaseException | None):
         """Send the answer whose steps are done, or that to their `error`. False: close the connection."""
         steps: Any = self.steps
         self.steps = None
         try:
             if self.out:  # it has not waited for the outcome
                 return error is None and self.send(self.out, self.last)
-            if error:
+            if error and steps:
                 steps.throw(error)
-            else:
+            elif steps:
                 next(steps)
         except StopIteration as end:
             return self.send(*end.value)
+        except BaseException:  # others are finished after it
+            self.server.error_log()
         return False
 
     def send(self, out, last):
@@ -1353,12 +1357,13 @@ class Server(cheroot.wsgi.Server):
 
         def steps():
             while postponed and len(taken) < TOGETHER_MAX:
-                taken.append(postponed.popleft())
+                taken.append(postponed[0])  # first, because there may be no memory for it
+                postponed.popleft()
                 yield taken[-1].go_on
 
         try:
             outcomes = self.run_together(steps())
-        except Exception as error:
+        except BaseException as error:  # whatever it is, each is told
             outcomes = [error] * len(taken)
         for conn, outcome in zip(taken, outcomes, strict=True):
             if conn.finish(outcome):
