@@ -529,6 +529,23 @@ class TestGroups:
         threads[1].join(30)
         assert len(mine) == len(theirs) == 1 and mine[0] is not theirs[0]
 
+    def test_what_those_that_run_together_have_raised_keeps_no_connection(self, store):
+        raised = []
+
+        def refuse():
+            with store.transaction():
+                raise m.Problem("invalid_grant")
+
+        def work():
+            try:
+                refuse()
+            except m.Problem as problem:
+                raised.append(problem)
+
+        for _ in range(20):
+            store.run_together([*self.writers(store, 1), work])
+        assert len(raised) == 20 and len(store.connections) <= 3
+
     def test_those_that_run_together_do_not_wait_for_a_thread_that_waits_for_others(self, idp, store, monkeypatch):
         went, go, ended = threading.Event(), threading.Event(), []
 

@@ -244,7 +244,8 @@ class Group:
     __slots__ = ("pooled", "began", "size", "identity", "left", "over", "committed", "error", "done")
 
     def __init__(self, pooled: PooledConnection) -> None:
-        self.pooled, self.began, self.size, self.identity = pooled, time.monotonic(), 0, False
+        self.pooled: Any = pooled  # None when it is over
+        self.began, self.size, self.identity = time.monotonic(), 0, False
         self.left, self.over, self.committed = False, False, False
         self.error: BaseException | None = None
         self.done = threading.Lock()
@@ -720,6 +721,7 @@ class Database:
             group.over = True
             if self.joined is not None and group.left and "pooled" not in self.local.__dict__:
                 self.local.pooled = group.pooled  # its cache is newest, and no other thread has it
+            group.pooled = None  # what a block has raised refers to the group: see lend()
             try:
                 self.release_process_lock()
             finally:
