@@ -6572,7 +6572,10 @@ def open_login(idp: Idp, params, request, state="password", session=None) -> Red
 
 
 def authorize_with_session(idp: Idp, params, client: Client, request: AuthorizeRequest):
-    """Issue a code if the browser's session suffices, else begin a login with the steps that are left."""
+    """Issue a code if the browser's session suffices, else begin a login with the steps that are left.
+
+    A generator: it yields before the code is stored, and when it is or is refused, until that is on the disk.
+    """
     found = current_session(idp, params)
     if found is None or not session_serves(idp, found[0], client, request):
         if "none" in request.prompt:
@@ -6597,9 +6600,13 @@ def authorize_with_session(idp: Idp, params, client: Client, request: AuthorizeR
         if "none" in request.prompt:
             raise Problem("interaction_required", log="the user has not agreed to continue to this client")
         return open_login(idp, params, request, "select")
-    code = issue_code(
-        idp, params.caller, client, request, account, session.amr.split(), session.auth_time, session.id_sha256
-    )
+    yield
+    try:
+        code = issue_code(
+            idp, params.caller, client, request, account, session.amr.split(), session.auth_time, session.id_sha256
+        )
+    finally:
+        yield  # a refusal too: it is logged, and may rest on what others have written in the same commit
     return answer_client(idp, params, request.redirect_uri, request.response_mode, request.state, {"code": code})
 
 
@@ -6655,7 +6662,7 @@ def begin_headless(idp: Idp, params) -> Reply | Redirect | Page:
         hints = request_hints(idp, params, params.get("login_hint") or "")
         request = read_request(idp, client, redirect_uri, params, hints)
         if "SESSION_BASED_AUTH" in client.flags:
-            answer = authorize_with_session(idp, params, client, request)
+            answer = run_to_end(authorize_with_session(idp, params, client, request))
             return Redirect(answer.location, answer.cookies, 302) if isinstance(answer, Redirect) else answer
         if not client.row.is_first_party or not request.code_challenge:
             raise Problem("unauthorized_client", log="without pages only first-party clients, with PKCE")
@@ -6703,7 +6710,7 @@ def authorize(idp, params):
             redirect = repeat_as_get(idp, params, "authorize", params.pairs, hints)
             if redirect:
                 return redirect
-        return authorize_with_session(idp, params, client, request)
+        return (yield from authorize_with_session(idp, params, client, request))
     except Problem as problem:
         if problem.status >= 429:
             raise

@@ -284,6 +284,27 @@ class TestAuthorizationCode:
         clock.pass_(lives)
         assert exchange(second).json["error"] == "invalid_grant"
 
+    @pytest.mark.parametrize("ended", [False, True])
+    def test_the_client_hears_of_it_after_the_commit_that_it_shares(
+        self, idp, spa, alice, browser, monkeypatch, ended
+    ):
+        sign_in(browser)
+        refused, refuse = [], m.refuse_client
+        monkeypatch.setattr(m, "refuse_client", lambda *arguments: refused.append(arguments) or refuse(*arguments))
+
+        def app(environ, start_response):
+            steps = m.App(idp, m.AUTH)(environ, start_response)
+            assert next(steps) == b""
+            if ended:
+                m.revoke_user(idp, m.LOCAL.acting_as("test"), alice.id, "logout_all")
+            assert next(steps) == b"" and not refused
+            return [steps.throw(Unavailable("the disk", 5))]
+
+        again = Browser(app)
+        again.cookies = browser.cookies
+        answer = again("GET", request(prompt="none"))
+        assert answer.status == 503 and "location" not in answer.headers and not refused
+
     def test_none_is_issued_for_who_was_ended_since_the_session_was_looked_up(
         self, idp, spa, alice, browser, clock, monkeypatch
     ):
