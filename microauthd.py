@@ -3369,15 +3369,22 @@ def purge_tokens(idp: Idp, caller: Caller, purge: PurgeTokens, kinds, pause=lamb
     return total
 
 
-def active_family(idp: Idp, sid: str) -> Family | None:
-    """Return a login that is neither revoked nor expired and whose user and client are active; else None."""
+def active_login(idp: Idp, sid: str) -> tuple[Family, Account] | None:
+    """Return a login that is neither revoked nor expired, and its user, if user and client are active; else None."""
     family = idp.store.find_unrevoked_family(sid)
     if family is None or family.expires_at <= idp.now() or family.created_ms <= idp.revoked_before:
         return None
     client = find_client(idp, family.client_id)
     if client is None or family.created_ms <= client.row.revoked_before:
         return None
-    return family if is_still_valid(idp.store.find_account(family.user_id), family.created_ms) else None
+    account = idp.store.find_account(family.user_id)
+    return (family, account) if is_still_valid(account, family.created_ms) else None
+
+
+def active_family(idp: Idp, sid: str) -> Family | None:
+    """Return the login of active_login()."""
+    found = active_login(idp, sid)
+    return found[0] if found else None
 
 
 def explain_unsigned(idp: Idp, token: str) -> str:
@@ -3565,16 +3572,15 @@ def refresh_grant(idp: Idp, client: Client, params) -> Granted:
     found = idp.store.find_refresh_token(token_sha256)
     if found is None or found.client_id != client.client_id:
         raise Problem("invalid_grant", log="unknown refresh token, or one of another client")
-    family = active_family(idp, found.sid)
-    if family is None:
+    login = active_login(idp, found.sid)
+    if login is None:
         raise Problem("invalid_grant", log="the login of this refresh token is over")
+    family, account = login
     # Checked before user and scope: reuse must revoke the family whatever else is wrong with the request. What is no
     # retry here never becomes one; what is one is asked again in the issuing transaction.
     if found.rotated_at is not None and not find_retry(idp, client, token_sha256, successor):
         revoke_reused(idp, params.caller, family)
         raise Problem("invalid_grant", log="refresh token used again; its login is ended", audited=True)
-    account = idp.store.find_account(family.user_id)
-    assert account
     # The request may narrow what is left of the login's scopes.
     scope = decide_scopes(params.get("scope"), scopes_left(idp, client, account, family.scope))
     return Granted(
