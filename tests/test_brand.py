@@ -180,6 +180,7 @@ class TestPicture:
         (b"RIFF\x10\0\0\0WEBPVP8 " + bytes(8), "image/webp"), (SVG, "image/svg+xml"),
         (b"\xef\xbb\xbf" + SVG, "image/svg+xml"), (DOCTYPE + SVG, "image/svg+xml"), (LINKED, "image/svg+xml"),
         (b"<!-- made by hand -->" + SVG, "image/svg+xml"),
+        (b"<?xml version='1.0' encoding='windows-1252'?>" + SVG, "image/svg+xml"),
     ]
 
     @pytest.mark.parametrize("content, media_type", GOOD)
@@ -201,6 +202,9 @@ class TestPicture:
         (svg(b"<a xmlns:x='http://www.w3.org/1999/xlink' x:href='javascript:1'/>"), "must have no script (a link to one)"),
         (b"<!DOCTYPE svg [<!ENTITY a 'b'>]>" + SVG, "must declare no entities"),
         (SVG[:-3], "must be well-formed SVG"), (b"<", "must be well-formed SVG"),
+        (b"<?xml version='1.0' encoding='none'?>" + SVG, "must be encoded as UTF-8"),
+        (b"<?xml version='1.0' encoding='rot13'?>" + SVG, "must be encoded as UTF-8"),
+        (b"<?xml version='1.0' encoding='idna'?>" + SVG, "must be encoded as UTF-8"),
         (b"<html/>", "must be a PNG, JPEG, WebP or SVG picture"),
         (b"<svg/>", "must be a PNG, JPEG, WebP or SVG picture"), (b"", "must be a PNG, JPEG, WebP or SVG picture"),
         (b"\x89PNG\r\n\x1a\n<script>", "must be a PNG, JPEG, WebP or SVG picture"),

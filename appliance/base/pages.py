@@ -137,6 +137,8 @@ def check_svg(content: bytes) -> None:
         parser.Parse(content, True)
     except xml.parsers.expat.ExpatError as error:
         raise ValueError(f"must be well-formed SVG (line {error.lineno})") from None
+    except (LookupError, UnicodeError):  # of the XML declaration. XML 1.0 §4.3.3
+        raise ValueError("must be encoded as UTF-8: the encoding that it declares is not supported") from None
     if roots[0] != "http://www.w3.org/2000/svg svg":
         raise ValueError("must be a PNG, JPEG, WebP or SVG picture")
 
