@@ -862,6 +862,7 @@ class Idp:
         self.pages = Pages(options)
         self.console = Console(self.pages)
         self.last_brand = Brand(box_name(options), options.brand_color, "")  # for pages without a database
+        self.fetches: dict[str, tuple[str, int, int]] = {}  # of sessions at the console: see note_fetch()
         self.answers: dict = {}  # cached_page, by name
         self.refusals = RefusalCounter(getattr(clock, "monotonic", clock))
         self.clock_is_sane = True  # the last result of check_clock() without a Timekeeper
@@ -5461,9 +5462,27 @@ def of_named_administrator(idp: Idp, params) -> bool:
     return bool(params.body.user_id) and is_admin(idp, get_user(idp, params.body.user_id).id)
 
 
-def of_first_piece(idp: Idp, params) -> bool:
-    """Return whether a file is fetched from its beginning."""
-    return params.query.offset == 0
+FETCHES_MAX = 100  # sessions at the console of which is known what they fetch
+
+
+def of_piece_out_of_turn(idp: Idp, params) -> bool:
+    """Return whether a piece of a backup does not follow what the session fetched last, nor is that once more.
+
+    A fetch that began with a proof goes on without another, however long it takes; nothing else is read without one.
+    """
+    name, *in_turn = idp.fetches.get(params.console.id_sha256, ("",))
+    return params.path["name"] != name or params.query.offset not in in_turn or params.query.offset == 0
+
+
+def note_fetch(idp: Idp, console: AdminSession, name: str, offset: int, following: int):
+    """Keep where the piece of a backup begins that a session has fetched, and the next: see of_piece_out_of_turn().
+
+    It is kept by the process that serves ADMIN, which is one. After its end the password is asked for again.
+    """
+    idp.fetches.pop(console.id_sha256, None)
+    idp.fetches[console.id_sha256] = (name, offset, following)
+    for id_sha256 in list(idp.fetches)[:-FETCHES_MAX]:
+        idp.fetches.pop(id_sha256, None)
 
 
 def require_proof(idp: Idp, params):
@@ -9270,11 +9289,14 @@ def admin_list_backups(idp, claims, params):
 
 @ADMIN(
     "GET", "/backup/<name>", guard=by_admin, spec="online backup", query=BackupPiece, gives=bytes,
-    gives_media="application/octet-stream", proof=of_first_piece,
+    gives_media="application/octet-stream", proof=of_piece_out_of_turn,
 )
 def admin_read_backup(idp, claims, params):
     """Return a mebibyte of a backup, from `offset` on; X-Next-Offset if there is more."""
-    piece, following = idp.machine.read_backup_piece(idp, params.path["name"], params.query.offset)
+    name, offset = params.path["name"], params.query.offset
+    piece, following = idp.machine.read_backup_piece(idp, name, offset)
+    if params.console:
+        note_fetch(idp, params.console, name, offset, following)
     return Page(piece, "application/octet-stream", headers=[("X-Next-Offset", str(following))] if following else [])
 
 

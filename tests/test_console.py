@@ -7,11 +7,13 @@ import re
 from pathlib import Path
 
 import microauthd as m
+import msgspec
 import pyotp
 import pytest
 from conftest import Caller, PASSWORD, SECRETS
 from appliance.base.pages import Brand, DARK_SURFACES, LIGHT_SURFACES, brand_edge, contrast
 from appliance.base.settings import Options
+from appliance.machine import MACHINE
 
 AGENT = "Mozilla/5.0 (X11; Linux x86_64) a browser"
 SAME_ORIGIN = ("Sec-Fetch-Site", "same-origin")
@@ -305,6 +307,7 @@ NEEDS = [  # (method, path, body), what the path names being somebody with right
     ("DELETE", "/users/alice", None), ("DELETE", "/clients/service", None),
     ("POST", "/audit-logs/purge", {"older_than_days": 1}), ("POST", "/backup", {}),
     ("GET", "/backup/a-name?offset=0", None), ("DELETE", "/backup/a-name", None),
+    ("GET", "/backup/a-name?offset=1", None), ("GET", "/backup/a-name?offset=1048576", None),
     ("POST", "/users/root/invitations", {}), ("POST", "/users/alice/recovery-codes", None),
     ("POST", "/scopes/assign-to-user", {"user_id": "root", "scope_id": "api:read"}),
     ("POST", "/scopes/remove-from-user", {"user_id": "root", "scope_id": "api:read"}),
@@ -316,7 +319,7 @@ NEEDS_NONE = [
     ("POST", "/users/alice/reset", {"new_password": "another battery staple"}),
     ("POST", "/roles/assign", {"user_id": "alice", "role_id": "some"}), ("POST", "/users/alice/deactivate", None),
     ("PUT", "/users/alice/roles", {"roles": [{"id": "some"}]}), ("DELETE", "/roles/some", None),
-    ("GET", "/backup/a-name?offset=1048576", None), ("POST", "/clients/service/revoke", None),
+    ("POST", "/clients/service/revoke", None),
     ("POST", "/users/alice/invitations", {}), ("DELETE", "/users/alice/consents/service", None),
     ("POST", "/scopes/assign-to-user", {"user_id": "alice", "scope_id": "api:read"}),
     ("POST", "/scopes/assign-to-client", {"client_id": "service", "scope_id": "api:read"}),
@@ -347,6 +350,42 @@ class TestProof:
     def test_an_access_token_has_a_short_life_of_its_own(self, stale, admin, admin_token, clock):
         clock.pass_(m.PROOF_TTL + 1)
         assert admin("DELETE", "/clients/service", bearer=admin_token).status == 200
+
+    @pytest.fixture
+    def fetch(self, idp, tab, clock):
+        """Fetch pieces of a backup of three octets, one a piece, with ever older proofs: the octet, or None."""
+        def read(idp, name, offset):
+            return b"abc"[offset : offset + 1], offset + 1 if offset < 2 else 0
+
+        idp.machine = msgspec.structs.replace(MACHINE, read_backup_piece=read)
+
+        def ask(offset, name="one", tab=tab):
+            answer = tab("GET", f"/backup/{name}?offset={offset}")
+            clock.pass_(m.PROOF_TTL)
+            assert answer.status == 200 or error_of(answer) == (403, "reauthentication_required")
+            return answer.body.decode() if answer.status == 200 else None
+
+        return ask
+
+    def test_a_backup_that_one_began_to_fetch_is_fetched_to_its_end(self, fetch, tab):
+        assert [fetch(offset) for offset in (0, 1, 1, 2, 2)] == ["a", "b", "b", "c", "c"], "a piece may be lost on its way"
+        assert fetch(0) is None and fetch(1) is None
+
+    def test_and_nothing_else_goes_with_it(self, fetch, tab, admin):
+        assert fetch(0) == "a"
+        other = Tab(admin)
+        other.sign_in()
+        assert fetch(0, "two", other) == "a"
+        assert [fetch(2), fetch(1, "two"), fetch(0), fetch(1)] == [None, None, None, "b"]
+
+    def test_whose_fetch_is_forgotten_is_asked_again(self, fetch, tab, admin, monkeypatch):
+        monkeypatch.setattr(m, "FETCHES_MAX", 1)
+        assert fetch(0) == "a"
+        other = Tab(admin)
+        other.sign_in()
+        assert fetch(0, "one", other) == "a" and fetch(1) is None
+        tab.prove()
+        assert fetch(1) == "b"
 
     def test_a_wrong_password_is_no_proof_and_counts(self, stale, idp, root):
         assert error_of(stale.prove("wrong")) == (403, "invalid_grant")
