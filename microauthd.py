@@ -170,6 +170,7 @@ HINTS_TTL = 300  # seconds that the hints of a POST wait for the GET that it bec
 LOGIN_TRIES = 10  # failures that end a login transaction
 RECOVERY_CODES = 10
 INVITATION_TTL = 86400  # seconds an invitation lives
+INVITES = "admin:reset_passwords"  # the scope that lets others than administrators invite users
 
 GROUPS_OF_UUID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", re.I)
 SCOPE_TOKEN = re.compile(r"[\x21\x23-\x5b\x5d-\x7e]{1,255}")  # RFC 6749 §3.3
@@ -1748,19 +1749,36 @@ def reset_password(idp: Idp, caller: Caller, id: str, password: str, rights: set
         keep_console(idp, caller, account.id)
 
 
+def rights_left(idp: Idp, found: Invitation) -> set[str] | None:
+    """Return the rights by which an invitation was made, as far as whoever made it still has them.
+
+    None stands for those of an administrator. Whoever may make none any more has no right at all.
+    """
+    maker = idp.store.find_account(found.created_by)
+    if not found.rights:
+        return None if maker and maker.is_active and is_admin(idp, maker.id) else set()
+    client = None if maker else idp.store.find_client(found.created_by)
+    if client and client.is_active and found.created_ms > client.revoked_before:
+        current = administrative({scope.name for scope in idp.store.list_scopes_of_client(client.id)})
+    else:
+        current = rights_of_user(idp, maker.id) if maker and maker.is_active else set()
+    return set(msgspec.json.decode(found.rights)) & current
+
+
 def may_invite(idp: Idp, found: Invitation | None) -> Account | None:
     """Return the user of an invitation, if it is alive now, else None.
 
     A change of the user's credentials has deleted it; whatever revokes all that was issued to the user ends it too.
-    The user must still be within the reach of whoever made it.
+    Whoever made it must still be able to make it: a right that was taken away leaves no link behind.
     """
     account = idp.store.find_account(found.user_id) if found else None
     if found is None or found.expires_at <= idp.now() or found.created_ms <= idp.revoked_before:
         return None
     if not is_still_valid(account, found.created_ms):
         return None
-    rights = set(msgspec.json.decode(found.rights)) if found.rights else None
-    return None if rights is not None and rights_of_user(idp, account.id) - rights else account
+    rights = rights_left(idp, found)
+    may_make = rights is None or (INVITES in rights and not rights_of_user(idp, account.id) - rights)
+    return account if may_make else None
 
 
 def create_invitation(
@@ -1775,10 +1793,13 @@ def create_invitation(
         account = get_user(idp, id)
         check_within_rights(idp, account.id, rights)
         reject(user_id="" if account.is_active else "is inactive: activate the user first")
+        client = None if rights is None else idp.store.find_client(caller.actor)
+        client_ended = client.revoked_before if client else 0
         row = Invitation(
             account.id, str(uuid.uuid4()), sha256(handle), purpose,
             "" if rights is None else msgspec.json.encode(sorted(rights)).decode(), caller.actor,
-            max(idp.now_ms(), idp.revoked_before + 1, account.revoked_before + 1), now + INVITATION_TTL,
+            max(idp.now_ms(), idp.revoked_before + 1, account.revoked_before + 1, client_ended + 1),
+            now + INVITATION_TTL,
         )
         idp.store.put_invitation(row)
         audit(idp, caller, "invitation_created", account.id, f"purpose={purpose};id={row.id}")
@@ -7650,7 +7671,7 @@ def new_invitation(idp: Idp, row: Invitation, code: str) -> NewInvitation:
 
 
 @AUTH(
-    "POST", "/user/<id>/invitations", guard=by_scope("admin:reset_passwords"), spec=OWN, takes=Invite,
+    "POST", "/user/<id>/invitations", guard=by_scope(INVITES), spec=OWN, takes=Invite,
     gives=NewInvitation, option="enable_pkce",
 )
 def scoped_create_invitation(idp, claims, params):

@@ -7,7 +7,7 @@ import microauthd as m
 import pyotp
 import pytest
 from browser import Browser, title
-from conftest import CHEAP, SECRETS
+from conftest import CHEAP, PASSWORD, SECRETS
 from appliance.base.settings import Options
 from appliance.upkeep import purge
 
@@ -246,6 +246,51 @@ class TestWhoMakesIt:
         else:
             call("POST", "/users/alice/scopes", {"scope_ids": ["admin:provision_users"]})
         assert browser.submit(new_password=NEW_PASSWORD).status == 404
+
+    @pytest.fixture
+    def second(self, admin, new_user):
+        """Another administrator calls ADMIN."""
+        new_user("second", admin=True)
+        token = admin.post("/token", {"username": "second", "password": PASSWORD}).json["access_token"]
+        return lambda method, path, body=None: admin(method, path, bearer=token, json_body=body)
+
+    # What may befall the administrator who made it, and whether it lives on.
+    MAKER = {
+        "demoted": ("POST", "/roles/unassign", {"user_id": "root", "role_id": "MadAdmin"}, False),
+        "deactivated": ("POST", "/users/root/deactivate", None, False), "deleted": ("DELETE", "/users/root", None, False),
+        "a new password": ("POST", "/users/root/reset", {"new_password": NEW_PASSWORD}, True),
+        "logged out": ("POST", "/users/root/revoke", None, True),
+    }
+
+    @pytest.mark.parametrize("how", MAKER)
+    def test_it_ends_with_the_rights_of_the_administrator_who_made_it(self, second, invite, browser, alice, how):
+        path, (*request, lives) = invite(), self.MAKER[how]
+        assert second(*request).status == 200
+        assert (browser.open(path).status == 200) is lives
+        assert bool(second("GET", "/users/alice/invitations").json) is lives
+
+    DESK = {
+        "the scope is taken": ("DELETE", "/clients/desk/scopes/admin:reset_passwords", None),
+        "deactivated": ("PUT", "/clients/desk", {"is_active": False}), "deleted": ("DELETE", "/clients/desk", None),
+        "revoked": ("POST", "/clients/desk/revoke", None),
+    }
+
+    @pytest.mark.parametrize("how", DESK)
+    def test_it_ends_with_the_rights_of_the_client_that_made_it(self, call, help_desk, browser, alice, how):
+        path = help_desk("alice").json["url"].removeprefix("https://idp.example")
+        assert browser.open(path).status == 200 and call(*self.DESK[how]).status == 200
+        assert browser.open(path).status == 404
+
+    @pytest.mark.parametrize("taken", ["admin:reset_passwords", None])
+    def test_it_ends_with_the_rights_of_the_user_who_made_it(self, call, auth, new_user, new_client, log_in, browser, alice, taken):
+        scopes = ["admin:reset_passwords", "admin:list_users"]
+        token = log_in(new_user("ann", scopes), new_client("app", scopes=scopes), scope=" ".join(scopes))["access_token"]
+        answer = auth.post("/user/alice/invitations", bearer=token, json_body={})
+        SECRETS.add(answer.json["url"].partition("code=")[2])
+        path = answer.json["url"].removeprefix("https://idp.example")
+        assert browser.open(path).status == 200
+        assert call("DELETE", f"/users/ann/scopes/{taken or 'admin:list_users'}").status == 200
+        assert browser.open(path).status == (404 if taken else 200)
 
     def test_where_there_are_no_pages_there_are_no_links(self, make_idp):
         idp = make_idp(Options(**CHEAP, enable_pkce=False))
