@@ -4744,13 +4744,15 @@ def revoke_consent(idp: Idp, caller: Caller, account: Account, id_or_client_id: 
 def revoke_consents(idp: Idp, caller: Caller, client: Client, pause) -> int:
     """Take back the consents of every user for a client, and end everything issued to it; return how many there were.
 
-    What was issued ends first, at once. The consents go in slices: if that is interrupted, it is to be repeated.
+    What was issued ends first, at once. The consents go in slices: if that is interrupted, it is to be repeated. What
+    was issued meanwhile on one that still stood ends with the last slice.
     """
     done, deleted = 0, SLICE
-    revoke_client(idp, caller, client.row, "consents_revoked")
     while deleted == SLICE:
-        with idp.store.transaction():
+        with idp.store.transaction(identity=True):
             deleted = idp.store.delete_consents(client.row.id, SLICE)
+            if not done or deleted < SLICE:
+                revoke_client(idp, caller, client.row, "consents_revoked")
         done += deleted
         pause(0.001)
     return done
@@ -8255,8 +8257,9 @@ def admin_revoke_consents_for_client(idp, claims, params):
 @ADMIN("DELETE", "/consents", guard=by_admin, spec=OWN, gives=Msg, proof=always)
 def admin_revoke_all_consents(idp, claims, params):
     """Take back every consent of every user, and end every token and login of the clients that had any."""
-    clients = [get_client(idp, id) for id in idp.store.list_clients_with_consents()]
-    count = sum(revoke_consents(idp, params.caller, client, sleep) for client in clients)
+    clients = [load_client(idp, id) for id in idp.store.list_clients_with_consents()]
+    # The consents for a client that is deleted go with it.
+    count = sum(revoke_consents(idp, params.caller, client, sleep) for client in clients if client)
     return msg(f"{count} consents revoked.")
 
 

@@ -8,6 +8,7 @@ import pytest
 from conftest import CHEAP, SECRETS, Caller
 from appliance.base.objects import ChangeSecret
 from appliance.base.settings import OPTIONS, Options
+from appliance.base.store import DELETED
 
 
 def errors_of(answer):
@@ -436,6 +437,24 @@ class TestConsentsOfAll:
         assert m.get_client(idp, "two").row.revoked_before == before["two"]
         request = m.AuthorizeRequest("one", "", scope="openid email")
         assert m.lacks_consent(idp, m.get_client(idp, "one"), alice.account, request)
+
+    def test_what_was_issued_meanwhile_ends_too(self, idp, call, auth, agreed, alice, log_in, monkeypatch):
+        monkeypatch.setattr(m, "SLICE", 1)
+        secret = call("POST", "/clients/secret", {"client_id": "one"}).json["message"]
+        SECRETS.add(secret)
+        issued = []
+
+        def pause(seconds):
+            if not issued:
+                issued.append(log_in(alice, ("one", secret), scope="api:read")["access_token"])
+
+        monkeypatch.setattr(m, "sleep", pause)
+        assert call("DELETE", "/clients/one/consents").status == 200
+        assert auth.get("/me", bearer=issued[0]).status == 401
+
+    def test_those_for_a_client_that_is_being_deleted_are_in_nobodys_way(self, idp, call, agreed, change):
+        change("UPDATE client SET client_id = :deleted || id WHERE client_id = 'two'", deleted=DELETED)
+        assert call("DELETE", "/consents").json["message"] == "2 consents revoked."
 
     def test_those_for_every_client(self, idp, call, agreed):
         three = m.get_client(idp, "three").row.revoked_before
