@@ -5371,16 +5371,22 @@ def check_own_page(idp: Idp, params):
         raise Problem("access_denied", log=f"no page of ours: {escape(f'{site} {origin}'[:200])}")
 
 
-def read_console(idp: Idp, params, needs_token=True) -> tuple[AdminSession, Account]:
-    """Return the session at the console of a request's cookie, and its user, who becomes the actor.
+def console_form_token(idp: Idp, handle: str) -> str:
+    """Return the form token of a session at the console: whoever has its cookie alone cannot make it."""
+    return form_token(idp.seal.form_key, f"console {sha256(handle)}")
+
+
+def by_console(idp: Idp, params) -> tuple[AdminSession, Account]:
+    """A guard that demands a session at the console, from wherever it comes; its user becomes the actor.
 
     The cookie alone opens nothing, because other ports of this host receive it and can make a browser send it: a
-    request has to carry the session's form token too. Raises access_denied, or invalid_token if the session is over.
+    request has to carry the session's form token too, which the answer to the sign-in gave. Raises access_denied, or
+    invalid_token if the session is over.
     """
     check_own_page(idp, params)
     handle = console_handle(params)
-    if handle and needs_token:
-        expected, sent = form_token(handle.encode(), "console"), params.environ.get("HTTP_X_FORM_TOKEN", "")
+    if handle:
+        expected, sent = console_form_token(idp, handle), params.environ.get("HTTP_X_FORM_TOKEN", "")
         if not hmac.compare_digest(expected.encode(), sent.encode("utf-8", "replace")):
             raise Problem("access_denied", log="a request of the console without its form token, or of another browser")
     is_passive = params.environ.get("HTTP_X_PASSIVE") == "1"
@@ -5391,16 +5397,6 @@ def read_console(idp: Idp, params, needs_token=True) -> tuple[AdminSession, Acco
     return found
 
 
-def by_console(idp: Idp, params) -> tuple[AdminSession, Account]:
-    """A guard that demands a session at the console, from wherever it comes, and its form token."""
-    return read_console(idp, params)
-
-
-def by_console_cookie(idp: Idp, params) -> tuple[AdminSession, Account]:
-    """The guard of the one route that gives the form token."""
-    return read_console(idp, params, needs_token=False)
-
-
 def by_admin(idp: Idp, params) -> dict:
     """A guard that demands a user who is still an administrator: by an ADMIN token, or by a session at the console.
 
@@ -5409,7 +5405,7 @@ def by_admin(idp: Idp, params) -> dict:
     that of its last proof.
     """
     if "HTTP_AUTHORIZATION" not in params.environ and "HTTP_X_FORM_TOKEN" in params.environ:
-        console, account = read_console(idp, params)
+        console, account = by_console(idp, params)
         if not is_at_its_place(params.caller, console):
             log = f"a session at the console is used where it was not proven: that was at {console.ip_address}"
             raise Problem("reauthentication_required", log=log)
@@ -7834,7 +7830,7 @@ def console_object(idp: Idp, params, console: AdminSession, account: Account, ha
     assert handle
     is_known = is_at_its_place(params.caller, console)
     return ConsoleObject(
-        ConsoleUser(account.id, account.username, account.email), form_token(handle.encode(), "console"),
+        ConsoleUser(account.id, account.username, account.email), console_form_token(idp, handle),
         iso(console.expires_at), iso(console.last_seen_at + idp.options.console_idle_expiration),
         iso(console.proven_at + PROOF_TTL) if is_known else None, bool(account.totp_sealed), iso(idp.now()),
     )
@@ -7855,7 +7851,7 @@ def admin_sign_in(idp, params):
     return Reply(shown, [("Set-Cookie", cookie) for cookie in cookies])
 
 
-@ADMIN("GET", "/dashboard/session", guard=by_console_cookie, spec=OWN, gives=ConsoleObject)
+@ADMIN("GET", "/dashboard/session", guard=by_console, spec=OWN, gives=ConsoleObject)
 def admin_console_session(idp, found, params):
     """Return the caller's session at the console, with its form token."""
     console, account = found

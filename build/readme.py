@@ -80,7 +80,7 @@ def guard_of(route):
     return {
         "anyone": "anyone", "by_client_or_token": "client", "by_confidential_client": "confidential client",
         "by_bearer": "access token", "by_admin": "administrator",
-        "by_console": "session at the console", "by_console_cookie": "session at the console",
+        "by_console": "session at the console",
         "by_bearer_or_form": "access token, or a form of ours",
     }[name]
 

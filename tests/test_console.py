@@ -151,10 +151,10 @@ class TestSigningIn:
 
 
 class TestSession:
-    def test_a_reload_gets_the_same_form_token(self, tab):
+    def test_a_reload_takes_up_the_session_of_its_tab(self, tab, root):
         token = tab.token
-        tab.token = ""
-        assert tab("GET", "/dashboard/session").json["form_token"] == token
+        shown = tab("GET", "/dashboard/session").json
+        assert (shown["form_token"], shown["user"]["id"]) == (token, root.id)
 
     def test_without_a_cookie_there_is_none(self, admin, tab):
         assert Tab(admin)("GET", "/dashboard/session").status == 401
@@ -167,9 +167,15 @@ class TestSession:
 
     def test_the_cookie_alone_opens_nothing(self, tab):
         tab.token = ""
-        for method, path in (("GET", "/users"), ("POST", "/roles"), ("DELETE", "/dashboard/session")):
+        own = ("GET", "/dashboard/session"), ("DELETE", "/dashboard/session")
+        for method, path in (("GET", "/users"), ("POST", "/roles"), *own):
             answer = tab(method, path, {"name": "x"} if method == "POST" else None)
             assert answer.status in (401, 403) and answer.status != 200
+
+    def test_the_form_token_cannot_be_made_of_the_cookie(self, tab):
+        handle = tab.cookies["mad-admin"]
+        for token in (m.form_token(handle.encode(), "console"), m.form_token(b"", f"console {m.sha256(handle)}")):
+            assert error_of(tab("GET", "/dashboard/session", token=token)) == (403, "access_denied")
 
     @pytest.mark.parametrize("token", ["x", "a" * 24, "\u00e9" * 24])
     def test_a_form_token_of_another_session_opens_nothing(self, tab, token):
@@ -576,7 +582,8 @@ class TestSource:
     FORBIDDEN = [
         (r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|dangerouslySetInnerHTML|\beval\(|new Function", set()),
         (r"\bfetch\(", {"api.js"}), (r"\bIntl\.|toLocale", {"words.js"}),
-        (r"localStorage|sessionStorage|indexedDB|document\.cookie", set()), (r"https?://(?!www\.w3\.org)", None),
+        (r"localStorage|indexedDB|document\.cookie", set()), (r"sessionStorage", {"api.js"}),
+        (r"https?://(?!www\.w3\.org)", None),
     ]
 
     @pytest.mark.parametrize("word, where", FORBIDDEN)

@@ -76,7 +76,7 @@ SECURITY = {
     },
     "form_token": {
         "type": "apiKey", "in": "header", "name": "X-Form-Token",
-        "description": "The form token of that session, from /dashboard/session.",
+        "description": "The form token of that session, which the answer of POST /dashboard/session gives.",
     },
 }
 
@@ -211,8 +211,6 @@ def describe_operation(route: Route, method: str, path: str, port_name: str, num
     guard, body = guard_name(route), describe_body(route, method)
     if guard in ("by_client_or_token", "by_confidential_client"):
         operation["security"] = [{"client_basic": []}, {}]  # or by form members, which OpenAPI cannot express
-    elif guard == "by_console_cookie":
-        operation["security"] = [{"console": []}]
     elif guard == "by_console":
         operation["security"] = [{"console": [], "form_token": []}]
     elif guard == "by_admin":

@@ -15,7 +15,10 @@ export const session = signal(null); // what /dashboard/session says, or null be
 export const ended = signal(false); // the session of `session` is over: the sign-in card stands over the room
 export const silent = signal(null); // the Date since which the box does not answer, or null
 export const proofAsked = signal(null); // {resolve, reject} of a request that needs the password, or null
+const KEPT = "form-token"; // in sessionStorage, which is of this tab and of this port alone: a cookie is of every port
+const tabs = new BroadcastChannel(KEPT); // those of this console: one that is opened asks the others with ""
 let formToken = "";
+let heard = () => {}; // what the answer of another tab goes to
 let skew = 0; // milliseconds that the box is ahead of this computer
 const waiting = []; // reads that go on when somebody has signed in
 
@@ -85,7 +88,7 @@ async function request(method, path, body, options = {}) {
     }
     if (error.status !== 401 || !session.value) throw error;
     ended.value = true;
-    formToken = "";
+    keep("");
     if (method !== "GET" || options.passive) throw Object.assign(error, { code: "session_ended" });
     await new Promise((resolve) => { waiting.push(resolve); });
     return request(method, path, body, options);
@@ -117,29 +120,55 @@ export function query(values) {
 
 // -- the session --
 
+function keep(token) {
+  formToken = token;
+  if (token) sessionStorage.setItem(KEPT, token);
+  else sessionStorage.removeItem(KEPT);
+}
+
+tabs.onmessage = ({ data }) => {
+  if (!data && formToken) tabs.postMessage(formToken);
+  if (!data || data === formToken) return;
+  keep(data); // another tab has signed in anew, or answers
+  heard(data);
+  if (session.value) resume().catch(() => {});
+};
+
+/** The form token of another tab, or "" if none answers. */
+const askTabs = () => new Promise((resolve) => {
+  heard = resolve;
+  setTimeout(() => resolve(""), 200);
+  tabs.postMessage("");
+});
+
 function adopt(found) {
   const isOther = session.value && session.value.user.id !== found.user.id;
+  keep(found.form_token);
   if (isOther) return location.reload(); // the cookie is another person's now: nothing may be left of the first
-  formToken = found.form_token;
   skew = Date.parse(found.now) - Date.now();
   session.value = found;
   ended.value = false;
   waiting.splice(0).forEach((go) => go());
 }
 
-/** Take up the session of the cookie, if there is one. */
+/** Take up the session that this tab or another has begun, if there is one. */
 export async function resume(passive = true) {
+  if (!formToken) keep(sessionStorage.getItem(KEPT) || (await askTabs()));
+  if (!formToken) return;
   try {
     adopt((await ask("GET", "/dashboard/session", undefined, { passive })).data);
   } catch (error) {
-    if (error.status === 401 && session.value) ended.value = true;
-    if (error.status !== 401 && error.status !== 0) throw error;
+    const isOver = error.status === 401 || error.code === "access_denied"; // or the cookie is of another session
+    if (isOver) keep("");
+    if (isOver && session.value) ended.value = true;
+    if (!isOver && error.status !== 0) throw error;
   }
 }
 
 export async function signIn(username, password, totp) {
-  formToken = "";
+  keep("");
   adopt((await ask("POST", "/dashboard/session", { username, password, totp })).data);
+  tabs.postMessage(formToken);
 }
 
 export async function prove(password, totp) {
@@ -152,6 +181,7 @@ export const needsProof = () =>
 
 /** Forget everything that this tab knows. */
 export function leave() {
+  keep("");
   location.hash = "";
   location.reload();
 }
