@@ -1185,18 +1185,26 @@ def revoke_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary="
         audit(idp, caller, action, user_id, secondary)
 
 
-def keep_console(idp: Idp, caller: Caller, user_id: str):
-    """Let the session at the console in which administrators change their own credentials outlive that change.
-
-    Everything else that was issued to them is revoked. Call it in the transaction of the change.
-    """
-    if caller.console:
-        idp.store.keep_admin_session(caller.console, user_id)
-
-
 def is_still_valid(account: Account | None, issued_ms: int) -> TypeGuard[Account]:
     """Return whether a user exists, is active, and was not revoked since that millisecond."""
     return account is not None and bool(account.is_active) and issued_ms > account.revoked_before
+
+
+def revoke_for_new_credentials(idp: Idp, caller: Caller, user_id: str, action: str):
+    """Revoke everything that was issued to a user whose credentials change.
+
+    The session at the console in which administrators change their own outlives that, if it is alive until then: what
+    has ended it since the request came must not be undone. Call it in the transaction of the change.
+    """
+    found = idp.store.find_admin_session(caller.console) if caller.console else None
+    account = idp.store.find_account(user_id)
+    is_kept = (
+        found is not None and found.user_id == user_id and found.created_ms > idp.revoked_before
+        and is_still_valid(account, found.created_ms)
+    )
+    revoke_user(idp, caller, user_id, action)
+    if is_kept:
+        idp.store.keep_admin_session(caller.console, user_id)
 
 
 def verify_stored_password(idp: Idp, account: Account | None, password: str) -> tuple[bool, bool]:
@@ -1745,8 +1753,7 @@ def reset_password(idp: Idp, caller: Caller, id: str, password: str, rights: set
         account = get_user(idp, account.id)
         check_within_rights(idp, account.id, rights)
         idp.store.set_password_hash(account.id, password_hash, idp.now())
-        revoke_user(idp, caller, account.id, "user_password_reset")
-        keep_console(idp, caller, account.id)
+        revoke_for_new_credentials(idp, caller, account.id, "user_password_reset")
 
 
 def rights_left(idp: Idp, found: Invitation) -> set[str] | None:
@@ -1882,8 +1889,7 @@ def begin_totp(idp: Idp, caller: Caller, account: Account, seed="", qr_file="") 
 def record_totp_change(idp: Idp, caller: Caller, account: Account, action: str, revoke: bool):
     """Audit a change of the second factor, and revoke everything issued to the user before if `revoke` is true."""
     if revoke:
-        revoke_user(idp, caller, account.id, action)
-        keep_console(idp, caller, account.id)
+        revoke_for_new_credentials(idp, caller, account.id, action)
     else:
         audit(idp, caller, action, account.id)
 

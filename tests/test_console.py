@@ -439,6 +439,25 @@ class TestOwnCredentials:
         assert tab("POST", "/users/second/reset", {"new_password": "another battery staple"}).status == 200
         assert theirs("GET", "/users").status == 401
 
+    ENDED = {
+        "the user": lambda idp, root: m.revoke_user(idp, m.LOCAL, root, "user_revoked"),
+        "everybody": lambda idp, root: m.revoke_everything(idp, m.LOCAL),
+        "this session": lambda idp, root: idp.store.run("DELETE FROM admin_session"),
+    }
+
+    @pytest.mark.parametrize("whose", ENDED)
+    def test_what_was_ended_while_the_password_is_hashed_does_not_come_back(self, tab, idp, root, monkeypatch, whose):
+        hash_password = m.hash_password
+
+        def hash_slowly(idp, password):
+            with idp.store.transaction(identity=True):
+                self.ENDED[whose](idp, root.id)
+            return hash_password(idp, password)
+
+        monkeypatch.setattr(m, "hash_password", hash_slowly)
+        tab("POST", "/users/root/reset", {"new_password": "another battery staple"})
+        assert tab("GET", "/users").status == 401
+
     def test_a_revocation_of_oneself_ends_this_session_too(self, tab):
         assert tab("POST", "/users/root/revoke").status == 200
         assert tab("GET", "/users").status == 401
