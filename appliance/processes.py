@@ -1123,7 +1123,6 @@ def find_server(path: str) -> int:
         os.close(descriptor)
 
 
-RUNTIME_FOLDER = "/run/microauthd"  # RuntimeDirectory= of the service
 ANSWER_SECONDS = 5
 
 
