@@ -171,9 +171,11 @@ def take_sockets() -> dict[str, socket.socket]:
     """
     pid, count, names = (os.environ.pop(f"LISTEN_{name}", "") for name in ("PID", "FDS", "FDNAMES"))
     found: dict[str, socket.socket] = {}
-    if pid != str(os.getpid()) or not count.isdigit():
+    if pid != str(os.getpid()) or not re.fullmatch("[0-9]{1,9}", count):
         return found  # they are another process's
-    for number, name in enumerate((names.split(":") + [""] * int(count))[: int(count)], LISTEN_FDS_START):
+    named = dict(enumerate(names.split(":"), LISTEN_FDS_START))
+    for number in range(LISTEN_FDS_START, LISTEN_FDS_START + int(count)):  # the first that is not open ends it
+        name = named.get(number, "")
         matched = re.fullmatch(r"(?:microauthd-)?(auth|admin)(?:\.socket)?", name)
         try:
             sock = socket.socket(fileno=number)
@@ -264,7 +266,7 @@ def find_local_users(options: Options) -> frozenset[int]:
     found = {0, os.geteuid()}
     for word in filter(None, options.admin_socket_users.split(",")):
         try:
-            found.add(int(word) if word.isdigit() else pwd.getpwnam(word).pw_uid)
+            found.add(int(word) if word.isdecimal() else pwd.getpwnam(word).pw_uid)
         except KeyError:
             raise StartupError(f"admin-socket-users: this machine has no user {word}") from None
     return frozenset(found)
@@ -793,7 +795,7 @@ class Watchdog:
 
     def __init__(self):
         usec, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
-        is_meant = usec.isdigit() and pid in ("", str(os.getpid()))
+        is_meant = re.fullmatch("[0-9]{1,18}", usec) and pid in ("", str(os.getpid()))
         self.interval = int(usec) / 2_000_000 if is_meant else 0.0
         self.due = 0.0
 

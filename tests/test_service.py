@@ -90,6 +90,21 @@ class TestSocketsHandedIn:
         assert taken([listener()], "auth", pid="1") == {}
 
     @pytest.mark.parametrize(
+        "count, refusal", [("", ""), ("-1", ""), ("²", ""), ("9" * 5000, ""), ("999999999", "LISTEN_FDS: descriptor 3")]
+    )
+    def test_a_count_that_is_none_is_no_socket_and_one_too_large_names_what_is_missing(self, count, refusal):
+        def take():
+            os.closerange(3, 16)
+            os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": count, "LISTEN_FDNAMES": "auth"}
+            if refusal:
+                with pytest.raises(StartupError, match=refusal):
+                    take_sockets()
+            else:
+                assert take_sockets() == {}
+
+        assert in_child(take) == 0
+
+    @pytest.mark.parametrize(
         "sockets, names",
         [
             (lambda path: [listener()], "metrics"), (lambda path: [listener()], ""),
@@ -206,7 +221,7 @@ class TestWatchdog:
             clock[0] += 1
         assert self.told(channel) == []
 
-    @pytest.mark.parametrize("variable, value", [("WATCHDOG_PID", "1"), ("WATCHDOG_USEC", ""), ("WATCHDOG_USEC", "x")])
+    @pytest.mark.parametrize("variable, value", [("WATCHDOG_PID", "1"), ("WATCHDOG_USEC", ""), ("WATCHDOG_USEC", "x"), ("WATCHDOG_USEC", "²")])
     def test_nothing_is_told_that_was_not_asked(self, channel, monkeypatch, variable, value):
         monkeypatch.setenv(variable, value)
         Watchdog().tell(True)
