@@ -806,6 +806,13 @@ class Watchdog:
             self.due = now + self.interval
 
 
+def is_hung_up(descriptor: int) -> bool:
+    """Return whether an open file is a terminal that is gone. poll(2)"""
+    events = select.poll()
+    events.register(descriptor, 0)
+    return any(event & (select.POLLHUP | select.POLLERR) for _, event in events.poll(0))
+
+
 class Terminal:
     """The terminal that this server was started on, if there is one, and whether SIGHUP tells that it has closed.
 
@@ -830,9 +837,17 @@ class Terminal:
         """Return whether SIGHUP came, and the terminal is gone."""
         if self.descriptor < 0 or time.monotonic() - self.hung_up_at > self.CLOSING_SECONDS:
             return False
-        events = select.poll()
-        events.register(self.descriptor, 0)
-        return any(event & (select.POLLHUP | select.POLLERR) for _, event in events.poll(0))
+        return is_hung_up(self.descriptor)
+
+
+def leave_closed_streams():
+    """Lead standard streams whose terminal or reader is gone to /dev/null.
+
+    What is written there would fail, and Python, which flushes its streams at the end, would exit with status 120.
+    """
+    with open(os.devnull, "r+b", buffering=0) as nothing:
+        for number in filter(is_hung_up, range(3)):
+            os.dup2(nothing.fileno(), number)
 
 
 def announce(startup: StartupState):
@@ -1019,6 +1034,7 @@ class Supervisor:
             if hung_up:
                 self.terminal.hang_up()
             if self.terminal.has_closed() or (info and info.si_signo in STOPPING):
+                leave_closed_streams()
                 return self.end()
             with contextlib.suppress(MemoryError):  # the next turn finds what this one could not do
                 self.check_children(hung_up)
@@ -1200,6 +1216,7 @@ def serve_prepared(startup: StartupState, lock: int) -> int:
         zombie = reap_orphans((), zombie)
         beat, before = startup.generation.beats[0], beat
         watchdog.tell(beat != before)
+    leave_closed_streams()
     notify("STOPPING=1")
     remove_local_socket(startup.local)
     process.stop()
