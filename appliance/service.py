@@ -1,6 +1,7 @@
 """Installing the archive as a service of the machine, and taking it away again."""
 
 import contextlib
+import errno
 import filecmp
 import functools
 import grp
@@ -135,6 +136,17 @@ def ids_of(layout: Layout) -> tuple[int, int] | None:
     return (found[0], found[1]) if len(found) == 2 else None
 
 
+def home_of(layout: Layout) -> str:
+    """Return the home folder of the service's user, of the system that is installed into; "" where it has none."""
+    if layout.root == "/":
+        with contextlib.suppress(KeyError):
+            return pwd.getpwnam(layout.user).pw_dir
+        return ""
+    with contextlib.suppress(OSError), open(layout.at("/etc/passwd")) as file:
+        return next((row[5] for row in (line.split(":") for line in file) if row[0] == layout.user), "")
+    return ""
+
+
 def owner_of(layout: Layout, owner: str) -> tuple[int, int]:
     """Return uid and gid: `root`, the service's `user`, or root with its `group`. Raises StartupError."""
     ids = (0, 0) if owner == "root" else ids_of(layout)
@@ -143,18 +155,26 @@ def owner_of(layout: Layout, owner: str) -> tuple[int, int]:
     return (0, ids[1]) if owner == "group" else ids
 
 
+def remove_file(path: str):
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
 def write_file(path: str, content: bytes, mode: int, ids: tuple[int, int]):
     """Write a file of the system, as a whole and on the disk before it has its name."""
     temporary = path + ".new"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(temporary)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
-        file.write(content)
-        os.fchown(file.fileno(), *ids)
-        os.fchmod(file.fileno(), mode)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    remove_file(temporary)
+    try:
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600), "wb") as file:
+            file.write(content)
+            os.fchown(file.fileno(), *ids)
+            os.fchmod(file.fileno(), mode)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # a disk that is full would stay full
+        remove_file(temporary)
+        raise
     sync_directory(os.path.dirname(path))
 
 
@@ -215,6 +235,21 @@ def folder_step(layout: Layout, path: str, mode: int, owner: str) -> Iterator[St
             os.close(descriptor)
 
     yield Step(f"make the folder {path} ({mode:04o})", do)
+
+
+def data_step(layout: Layout) -> Iterator[Step]:
+    """The folder of the data: of the server, and of nobody else before."""
+    target, ids = layout.at(layout.data), ids_of(layout)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        owner = os.lstat(target).st_uid
+        # To give a folder away that is in use, such as /srv, would take it from everybody else.
+        if owner != (ids[0] if ids else -1) and set(os.listdir(target)) - {"lost+found"}:
+            raise StartupError(
+                f"{target} belongs to user {owner} and is not empty: name a folder that is for the data alone by "
+                f"--data, or if it is that of a box, make the user {layout.user} and give it away by "
+                f"chown -R {layout.user}: {target}"
+            )
+    yield from folder_step(layout, layout.data, 0o700, "user")
 
 
 def link_step(layout: Layout, path: str, to: str) -> Iterator[Step]:
@@ -432,7 +467,7 @@ def plan(layout: Layout, source: str, answers: str, commands: dict[str, list[str
     yield from user_step(layout)
     yield from folder_step(layout, CONFIG, 0o755, "root")
     yield from folder_step(layout, CONFIG + "/credentials", 0o750, "group")
-    yield from folder_step(layout, layout.data, 0o700, "user")
+    yield from data_step(layout)
     yield from archive_step(layout, source)
     yield from folder_step(layout, layout.prefix + "/code", 0o755, "root")
     if settings_of(layout) is None:
@@ -455,6 +490,16 @@ def plan(layout: Layout, source: str, answers: str, commands: dict[str, list[str
     if layout.root == "/":
         selftest = functools.partial(run_program, layout.prefix + "/microauthd", "selftest")
         yield Step("unpack the program, and see that it works here", selftest)
+
+
+@contextlib.contextmanager
+def seen_before() -> Iterator[None]:
+    """Say of what is looked at for the plan that it cannot be: nothing was done yet. Raises StartupError."""
+    try:
+        yield
+    except OSError as error:
+        hint = ": only root can see it" if error.errno == errno.EACCES and os.geteuid() else ""
+        raise StartupError(f"{error.filename} cannot be looked at: {error.strerror}{hint}") from None
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -552,7 +597,8 @@ def install(request: Request, source: str, commands: dict[str, list[str]]) -> in
     if not source:
         raise StartupError("install copies the archive microauthd.pyz, and this runs from a folder: build/pyz makes it")
     check_layout(layout)
-    steps = list(plan(layout, source, request.answers, commands))
+    with seen_before():
+        steps = list(plan(layout, source, request.answers, commands))
     if not agree(request, steps, "Install this?"):
         return 0
     carry_out(steps)
@@ -574,11 +620,6 @@ def install(request: Request, source: str, commands: dict[str, list[str]]) -> in
 
 
 # == Uninstalling ==============================================================
-
-
-def remove_file(path: str):
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
 
 
 def removal(layout: Layout, purge: bool, commands: dict[str, list[str]]) -> Iterator[Step]:
@@ -605,22 +646,45 @@ def removal(layout: Layout, purge: bool, commands: dict[str, list[str]]) -> Iter
             yield Step(f"remove {path}", functools.partial(remove_file, layout.at(path)))
     code = layout.at(layout.prefix + "/code")
     if os.path.isdir(code):
-        yield Step(f"remove {layout.prefix}/code", functools.partial(shutil.rmtree, code))
+        yield Step(f"remove {layout.prefix}/code", functools.partial(remove_code, code))
     if purge:
-        for path in (layout.data, CONFIG):
-            if os.path.isdir(layout.at(path)) and not os.path.islink(layout.at(path)):
-                yield Step(f"remove {path} with all that is in it", functools.partial(shutil.rmtree, layout.at(path)))
-        if ids_of(layout):
-            root = [] if layout.root == "/" else ["--root", layout.root]
-            name = "userdel" if shutil.which("userdel") else "deluser"
-            yield Step(f"remove the user {layout.user}", functools.partial(run_program, name, *root, layout.user))
+        yield from purge_steps(layout)
+
+
+def remove_code(folder: str):
+    """Remove the unpacked programs: see build/main.py. Another file in their folder is not ours, and keeps it."""
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name.startswith(("tree.", "tmp.")):
+            shutil.rmtree(path)
+        elif name == ".lock":
+            os.unlink(path)
+    with contextlib.suppress(OSError):
+        os.rmdir(folder)
+
+
+def purge_steps(layout: Layout) -> Iterator[Step]:
+    """Yield the steps that remove settings, data and user. Raises StartupError for a folder that is not the server's:
+    a mistyped --data would remove what is somebody else's.
+    """
+    data, ids = layout.at(layout.data), ids_of(layout)
+    if os.path.isdir(data) and os.listdir(data) and os.lstat(data).st_uid != (ids[0] if ids else -1):
+        raise StartupError(f"{data} does not belong to the user {layout.user}: it is no data of this service")
+    for path in (layout.data, CONFIG):
+        if os.path.isdir(layout.at(path)) and not os.path.islink(layout.at(path)):
+            yield Step(f"remove {path} with all that is in it", functools.partial(shutil.rmtree, layout.at(path)))
+    if ids and home_of(layout) == layout.data:  # as user_step() makes it: not one that was there before
+        root = [] if layout.root == "/" else ["--root", layout.root]
+        name = "userdel" if shutil.which("userdel") else "deluser"
+        yield Step(f"remove the user {layout.user}", functools.partial(run_program, name, *root, layout.user))
 
 
 def uninstall(request: Request, commands: dict[str, list[str]]) -> int:
     """Take the service away; the settings and the data stay, but with `purge`. Return the exit status."""
     layout = request.layout
     check_layout(layout)
-    steps = list(removal(layout, request.purge, commands))
+    with seen_before():
+        steps = list(removal(layout, request.purge, commands))
     if not steps:
         print("nothing of an installation is here")
         return 0

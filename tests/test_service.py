@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -32,7 +33,8 @@ from appliance.processes import STUCK_SECONDS, Supervisor, Watchdog, journal_soc
 
 from appliance.recovery import Answers, recover_setup, set_up
 from appliance.service import (
-    UNITS, Layout, check_layout, credential_lines, fill, first_settings, read_answers, unit_files,
+    UNITS, Layout, Request, check_layout, credential_lines, fill, first_settings, install, plan, read_answers, removal,
+    uninstall, unit_files, write_file,
 )
 
 
@@ -584,6 +586,83 @@ class TestInstall:
         assert run_archive("uninstall", "--root", tree, "--yes", "--purge").returncode == 0
         assert not (tree / "srv/data").exists() and not (tree / "etc/microauthd").exists()
         assert "keeper" not in (tree / "etc/passwd").read_text()
+
+    @needs_root
+    @pytest.mark.parametrize(
+        "owner, inside, is_taken",
+        [
+            (0, ["www"], False), (33, ["base"], False), (0, [], True), (33, [], True), (0, ["lost+found"], True),
+            (990, ["mad.db3"], True), (990, [], True),
+        ],
+    )
+    def test_a_folder_that_is_in_use_is_not_given_to_the_server(self, tree, owner, inside, is_taken):
+        self.add_user(tree)
+        (tree / "srv").mkdir()
+        for name in inside:
+            (tree / "srv" / name).touch()
+        os.chown(tree / "srv", owner, owner)
+        before, layout = contents(tree), Layout(root=str(tree), data="/srv")
+        if is_taken:
+            assert any("/srv" in step.text for step in plan(layout, str(ARCHIVE), "", COMMAND_WORDS))
+            return
+        with pytest.raises(StartupError, match=f"srv belongs to user {owner} and is not empty"):
+            install(Request(layout, yes=True), str(ARCHIVE), COMMAND_WORDS)
+        with pytest.raises(StartupError, match="srv does not belong to the user microauthd"):
+            uninstall(Request(layout, yes=True, purge=True), COMMAND_WORDS)
+        assert contents(tree) == before
+
+    def add_user(self, tree, home="/var/lib/microauthd"):
+        with open(tree / "etc/passwd", "a") as passwd, open(tree / "etc/group", "a") as group:
+            passwd.write(f"microauthd:x:990:990::{home}:/usr/sbin/nologin\n")
+            group.write("microauthd:x:990:\n")
+
+    @pytest.mark.parametrize("home, goes", [("/var/lib/microauthd", True), ("/var/www", False)])
+    def test_purge_leaves_a_user_that_was_there_before(self, tree, home, goes):
+        self.add_user(tree, home)
+        steps = [step.text for step in removal(Layout(root=str(tree)), True, COMMAND_WORDS)]
+        assert ("remove the user microauthd" in steps) is goes
+
+    def test_only_unpacked_programs_are_removed_from_their_folder(self, tree):
+        code = tree / "opt/microauthd/code"
+        for name in ("tree.1.cpython-311", "tmp.x", "src"):
+            (code / name).mkdir(parents=True)
+        (code / ".lock").touch()
+        for step in removal(Layout(root=str(tree)), False, COMMAND_WORDS):
+            step.do()
+        assert [path.name for path in code.iterdir()] == ["src"]
+        (code / "src").rmdir()
+        (step,) = removal(Layout(root=str(tree)), False, COMMAND_WORDS)
+        step.do()
+        assert not code.exists()
+
+    @needs_root
+    def test_what_a_user_may_not_see_is_said_in_a_sentence(self, tree):
+        self.add_user(tree)
+        (tree / "etc/microauthd/credentials").mkdir(parents=True)
+        (tree / "etc/microauthd/credentials").chmod(0o700)
+        with tempfile.TemporaryDirectory() as folder:  # that another user can enter
+            os.chmod(folder, 0o755)
+            shutil.copytree(tree, f"{folder}/tree", symlinks=True)
+
+            def look():
+                os.setuid(65534)
+                with pytest.raises(StartupError, match="only root can see it"):
+                    install(Request(Layout(root=f"{folder}/tree"), dry_run=True), str(ARCHIVE), COMMAND_WORDS)
+
+            assert in_child(look) == 0
+
+    @needs_root
+    def test_a_full_disk_leaves_no_half_file(self, tmp_path):
+        def work():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            with pytest.raises(OSError):
+                write_file(str(tmp_path / "program"), bytes(8192), 0o755, (0, 0))
+
+        (tmp_path / "program").write_text("the one before")
+        assert in_child(work) == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["program"]
+        assert (tmp_path / "program").read_text() == "the one before"
 
     @pytest.mark.parametrize(
         "there, files, said",
