@@ -469,7 +469,7 @@ def plan(layout: Layout, source: str, answers: str, commands: dict[str, list[str
     yield from folder_step(layout, CONFIG + "/credentials", 0o750, "group")
     yield from data_step(layout)
     yield from archive_step(layout, source)
-    yield from folder_step(layout, layout.prefix + "/code", 0o755, "root")
+    yield from folder_step(layout, layout.prefix + "/code", 0o755, "group")  # which may lock what it runs
     if settings_of(layout) is None:
         yield from file_step(layout, CONFIG + "/mad.conf", first_settings(layout), 0o640, "group")
     else:  # as it is, for the server to read

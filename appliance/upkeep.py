@@ -192,8 +192,9 @@ class UnpackedProgram:
             stderr=subprocess.PIPE, text=True, timeout=120,
         )
         if done.returncode == 0 and (HERE / ".lock").exists():
-            self.lock = open(HERE / ".lock", "rb")
-            fcntl.flock(self.lock, fcntl.LOCK_SH)  # without it, the next release would remove the folder as unused
+            with contextlib.suppress(PermissionError):  # it is root's, and of no group of ours
+                self.lock = open(HERE / ".lock", "rb")
+                fcntl.flock(self.lock, fcntl.LOCK_SH)  # without it, the next release would remove the folder as unused
             self.log("code.unpacked_again", "warning", folder=str(HERE))
             return
         self.log(

@@ -87,9 +87,14 @@ def check_ownership(folder, sticky_allowed=False):
 
 
 def lock_tree(tree, exclusively):
-    """Lock a tree: shared to run from it, exclusively to remove it. Return the descriptor, or None if it is busy."""
+    """Lock a tree: shared to run from it, exclusively to remove it. Return the descriptor, or None if it is busy.
+
+    Who may not open the lock of a tree of root's runs from it without one: see make_lock().
+    """
     try:
         descriptor = os.open(os.path.join(tree, ".lock"), os.O_RDONLY)
+    except PermissionError:
+        return None if exclusively else os.open(tree, os.O_RDONLY)
     except OSError:
         return None
     try:
@@ -101,6 +106,17 @@ def lock_tree(tree, exclusively):
         os.close(descriptor)
         return None
     return descriptor
+
+
+def make_lock(folder, root):
+    """Make the lock of a tree, for its owner and the group of the root alone.
+
+    Whoever can open a file can lock it, for as long as they like, and so keep everybody else from running it. flock(2)
+    """
+    descriptor = os.open(os.path.join(folder, ".lock"), os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o640)
+    if not os.geteuid():  # it may be for the user of a service
+        os.fchown(descriptor, -1, os.stat(root).st_gid)
+    os.close(descriptor)
 
 
 def compile_tree(folder, tree):
@@ -238,7 +254,7 @@ def unpack(archive, members, root, tree):
                 target.writelines(read_blocks(archive, name, deltas))
         # Compile now: later starts may run as a user who cannot write here.
         compile_tree(temporary, tree)
-        open(os.path.join(temporary, ".lock"), "x").close()
+        make_lock(temporary, root)
         # Who may read the cache may read the tree: root unpacks a service's program for the user of that service.
         os.chmod(temporary, stat.S_IMODE(os.stat(root).st_mode))
         # Sync before the rename: a power cut leaves either a tmp folder or a complete tree.
@@ -302,6 +318,7 @@ def main():
                 lock = None if failed_to_load else lock_if_complete(members, tree)
             if lock is None:
                 with open(os.path.join(root, ".lock"), "a") as lock_file:
+                    os.fchmod(lock_file.fileno(), 0o600)  # others could hold it for ever
                     fcntl.flock(lock_file, fcntl.LOCK_EX)
                     remove_stale_trees(root, tree)
                     if os.path.isdir(tree):

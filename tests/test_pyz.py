@@ -1,18 +1,24 @@
 """The archive: what it is made of, how it unpacks, what it refuses."""
 
+import contextlib
 import fcntl
 import hashlib
+import importlib
 import os
+import runpy
 import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from _imp import extension_suffixes
+from pathlib import Path
 
 import pytest
 from box import ARCHIVE, ROOT, Box
+from conftest import in_child
 from microauthd import VERSION
 
 
@@ -171,6 +177,37 @@ class TestUnpacking:
         fcntl.flock(lock, fcntl.LOCK_SH)
         assert run("version", home=home).returncode == 0
         assert "tree.0123.old" in trees(root)
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become other users")
+    def test_nobody_else_can_lock_what_root_has_unpacked_for_a_service(self, home):
+        """flock(2): a descriptor for reading is enough, and nobody can take the lock away."""
+        with tempfile.TemporaryDirectory() as name:
+            os.chmod(name, 0o755)
+            root = Path(name) / "code"
+            root.mkdir(mode=0o755)
+            os.chown(root, 0, 65001)  # the group of the service
+            (root / ".lock").touch(0o644)  # of a release before
+            assert run("version", home=home, MICROAUTHD_CACHE=str(root)).returncode == 0
+            (tree,) = trees(root)
+            archive = shutil.copy(ARCHIVE, name)
+            for module in ("encodings.cp437", "resource", "appliance.commands"):  # what it imports, while it can be read
+                importlib.import_module(module)
+            for uid, gid, locks in ((65000, 65001, [tree]), (65002, 65002, [])):
+
+                def look(uid=uid, gid=gid, locks=locks):
+                    os.setgroups([])
+                    os.setgid(gid)
+                    os.setuid(uid)
+                    for folder, path in ((".", root / ".lock"), (tree, root / tree / ".lock")):
+                        with contextlib.nullcontext() if folder in locks else pytest.raises(PermissionError):
+                            open(path).close()
+                    # In this process, since that user may not see its interpreter.
+                    os.environ["MICROAUTHD_CACHE"], sys.argv = str(root), [archive, "version"]
+                    with pytest.raises(SystemExit) as ended:
+                        runpy.run_path(archive, run_name="__main__")
+                    assert not ended.value.code
+
+                assert in_child(look) == 0
 
     def test_a_release_cut_off_while_removed_is_not_taken_for_whole(self, home):
         root = home / ".cache" / "microauthd"

@@ -517,7 +517,7 @@ class TestInstall:
             return f"{mode & 0o777:o}", {0: "root", uid: "server"}[owner], (tree / path).lstat().st_gid == int(row[3])
 
         for path, wanted in {
-            "opt/microauthd/microauthd.pyz": ("755", "root", False), "opt/microauthd/code": ("755", "root", False),
+            "opt/microauthd/microauthd.pyz": ("755", "root", False), "opt/microauthd/code": ("755", "root", True),
             "opt/microauthd/microauthd": ("755", "root", False), "usr/local/bin/mad": ("755", "root", False),
             "etc/microauthd": ("755", "root", False), "etc/microauthd/mad.conf": ("640", "root", True),
             "etc/microauthd/credentials": ("750", "root", True), "var/lib/microauthd": ("700", "server", True),
