@@ -235,6 +235,8 @@ class ClaimPage:
         self.claim = claim
         self.proposals = {"username": QuickAnswers().username, "client_id": claim.client_id}
         self.root = claim.prepared.authority.root.encode()
+        self.lock = threading.Lock()
+        self.claimed: tuple[dict, Outcome] | None = None  # the answers that the box was set up with, and what came
         self.ended = threading.Event()
         self.pages.style  # noqa: B018 - read here, where the files can be read
         for name in ("claim", "layout"):
@@ -303,7 +305,7 @@ class ClaimPage:
             host = host_without_port(environ.get("HTTP_HOST", ""))
             proposals = self.proposals | {"name": host}
             return self.show(environ, start_response, step="questions", code=fields["code"], fields=proposals)
-        outcome = self.hand_over({name: fields.get(name, "") for name in FIELDS})
+        outcome = self.take({name: fields.get(name, "") for name in FIELDS})
         if outcome.errors or outcome.problem:
             self.log("claim.refused", peer=peer, reason=outcome.problem or "answers: " + ", ".join(outcome.errors))
             status = "422 Unprocessable Content" if outcome.errors else "409 Conflict"
@@ -311,9 +313,24 @@ class ClaimPage:
                 environ, start_response, status, "questions", code=fields["code"], fields=fields,
                 errors=self.translate(environ, outcome.errors), error=outcome.problem,
             )
-        self.log("claimed", "notice", peer=peer)
+        if not self.ended.is_set():
+            self.log("claimed", "notice", peer=peer)
         self.ended.set()
         return self.show(environ, start_response, step="done", outcome=outcome)
+
+    def take(self, answers: dict[str, str]) -> Outcome:
+        """Hand the answers over, one set at a time. After the claim there is no other.
+
+        A form that was sent twice, as by a double click, gets the answer that the first one got: a browser shows the
+        last alone, and what was made is shown once.
+        """
+        with self.lock:
+            if self.claimed:
+                return self.claimed[1] if answers == self.claimed[0] else Outcome(problem="claimed")
+            outcome = self.hand_over(answers)
+            if not (outcome.errors or outcome.problem):
+                self.claimed = answers, outcome
+            return outcome
 
     def translate(self, environ, errors: dict[str, str]) -> dict[str, str]:
         """Return the sentences in the language of the page, where it has them."""
@@ -327,7 +344,6 @@ class Line:
     def __init__(self):
         self.asked, self.asking = os.pipe()
         self.told, self.telling = os.pipe()
-        self.lock = threading.Lock()
 
     def read(self, descriptor: int) -> bytes:
         """Return a line; b"" where the other process has ended."""
@@ -340,10 +356,10 @@ class Line:
         return content
 
     def hand_over(self, fields: dict) -> Outcome:
-        with self.lock:
-            os.write(self.asking, msgspec.json.encode(fields) + b"\n")
-            told = self.read(self.told)
-            return msgspec.json.decode(told, type=Outcome) if told else Outcome(problem="interrupted")
+        """Ask for a claim; one thread at a time."""
+        os.write(self.asking, msgspec.json.encode(fields) + b"\n")
+        told = self.read(self.told)
+        return msgspec.json.decode(told, type=Outcome) if told else Outcome(problem="interrupted")
 
     def take(self, claim: Claim) -> bool | None:
         """Answer one question. Return whether it was the claim, None if the other process has ended."""

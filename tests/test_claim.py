@@ -11,6 +11,7 @@ import ssl
 import stat
 import subprocess
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -216,6 +217,37 @@ class TestPage:
         assert status == 409 and "set up already" in body
         with pytest.raises(StartupError, match="set up already"):
             c.run(waiting.options, ["--web"], {})
+
+    def test_two_right_codes_at_once_are_one_claim_and_the_other_is_answered_too(self, waiting):
+        page, seen = Page(waiting), []
+        real = page.app.hand_over
+        begun, go_on = threading.Event(), threading.Event()
+
+        def hand_over(answers):
+            seen.append(answers["username"])
+            begun.set()
+            assert go_on.wait(20)
+            return real(answers)
+
+        page.app.hand_over = hand_over
+        forms = [GOOD | {"code": "0123-45AB-CDEF"}] * 2 + [GOOD | {"code": "0123-45AB-CDEF", "username": "thief"}]
+        answers = {}
+
+        def post(number):
+            answers[number] = page("POST", fields=forms[number])
+
+        threads = [threading.Thread(target=post, args=(number,)) for number in range(3)]
+        threads[0].start()
+        assert begun.wait(20)
+        for thread in threads[1:]:
+            thread.start()
+        go_on.set()
+        for thread in threads:
+            thread.join(60)
+        assert seen == [GOOD["username"]] and [answers[number][0] for number in range(3)] == [200, 200, 409]
+        # A double click sends a form twice, and the browser shows the last answer, in which the secrets must be.
+        assert answers[0][2] == answers[1][2] and "set up already" in answers[2][2]
+        assert [event for event, *_ in page.logged].count("claimed") == 1
 
     @pytest.mark.parametrize(
         "body, kind", [(b"code=%ff", None), (b"code=1&code=2", None), (b"{}", "application/json"), (b"code=%00", None)]
