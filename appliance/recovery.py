@@ -21,8 +21,8 @@ import sqlcipher3
 from appliance.base import StartupError
 from appliance.base.clock import RELEASED_AT, sleep
 from appliance.base.files import (
-    check_folder, existing_folder, make_folder, open_owned, read_owned, show_path, sync_directory, write_beside,
-    write_durably,
+    check_folder, close_lock, existing_folder, make_folder, open_lock, open_owned, read_owned, show_path,
+    sync_directory, write_beside, write_durably,
 )
 from appliance.base.settings import (
     OPTIONS, OPTION_NAMES, Options, check_text, load_options, parse_config, read_config, write_config,
@@ -185,45 +185,6 @@ def write_journal(place: str, committed: bool, files: list[tuple[str, str]]):
     write_durably(journal_of(place), json.dumps({"committed": committed, "files": files}).encode())
 
 
-LOCK_TRIES = 10  # to take a lock that another process is just releasing
-
-
-def open_setup_lock(path: str, shared: bool) -> int:
-    """Return a descriptor of the lock file, locked. Raises BlockingIOError if somebody else holds it, and OSError.
-
-    Whoever held it last removes the file: a lock on a file that no longer has the name excludes nobody.
-    """
-    for left in reversed(range(LOCK_TRIES)):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
-                    return descriptor
-            os.close(descriptor)
-        except BlockingIOError:
-            os.close(descriptor)
-            if not left:
-                raise
-            sleep(0.01)  # whoever removes the file holds it alone for an instant
-        except BaseException:
-            os.close(descriptor)
-            raise
-    raise BlockingIOError
-
-
-def close_setup_lock(path: str, descriptor: int):
-    """Release the lock. The last holder removes the file while nobody can lock it; what a crash left does no harm."""
-    try:
-        with contextlib.suppress(OSError):  # another command shares it, or the folder has become read-only
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # It lost the lock for a moment if it was shared: the file of that name may be another's by now.
-            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
-                os.unlink(path)
-    finally:
-        os.close(descriptor)
-
-
 @contextlib.contextmanager
 def hold_setup(place: str, shared=False):
     """Lock the journal: what looks like an interrupted set-up may be one that still runs.
@@ -234,7 +195,7 @@ def hold_setup(place: str, shared=False):
     path = journal_of(place) + ".lock"
     try:
         check_folder(os.path.dirname(os.path.abspath(place)))
-        descriptor = open_setup_lock(path, shared)
+        descriptor = open_lock(path, shared)
     except BlockingIOError:
         raise StartupError(
             "another process is setting up, restoring or at work on the files here right now: wait until it is done"
@@ -247,7 +208,7 @@ def hold_setup(place: str, shared=False):
     try:
         yield
     finally:
-        close_setup_lock(path, descriptor)
+        close_lock(path, descriptor)
 
 
 STATE_FILES = ("db-file", "seal-key-file", "token-signing-key-file", "admin-token-signing-key-file")

@@ -1237,7 +1237,7 @@ class TestLockOfTheJournal:
     def test_one_who_begins_while_another_ends_is_not_refused(self, house, monkeypatch):
         with open(self.lock_of(house), "w") as other:
             fcntl.flock(other, fcntl.LOCK_EX)
-            monkeypatch.setattr("appliance.recovery.sleep", lambda seconds: other.close())
+            monkeypatch.setattr("appliance.base.files.sleep", lambda seconds: other.close())
             with hold_setup(house.config_file, shared=True):
                 pass
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import functools
 import os
 import re
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from appliance.base import StartupError
+from appliance.base.clock import sleep
 
 # == Ownership =================================================================
 # Journal, configuration, keys and database decide what this program does, perhaps as root. They are believed only
@@ -383,3 +385,45 @@ def is_visible_below(root: str, path: str) -> bool:
     """Tell whether a path stays below a root whatever symbolic links it holds, and names no hidden file or folder."""
     real = os.path.realpath(os.path.join(root, path.lstrip("/"))) if "\0" not in path else root
     return real.startswith(root + os.sep) and not path.endswith("/") and "/." not in "/" + path
+
+
+# == Locks =====================================================================
+# Files that are there as long as somebody holds them. Others cannot open them, and so cannot lock them: flock(2).
+
+LOCK_TRIES = 10  # to take a lock that another process is just releasing
+
+
+def open_lock(path: str, shared: bool) -> int:
+    """Return a descriptor of the lock file, locked. Raises BlockingIOError if somebody else holds it, and OSError.
+
+    Whoever held it last removes the file: a lock on a file that no longer has the name excludes nobody.
+    """
+    for left in reversed(range(LOCK_TRIES)):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                    return descriptor
+            os.close(descriptor)
+        except BlockingIOError:
+            os.close(descriptor)
+            if not left:
+                raise
+            sleep(0.01)  # whoever removes the file holds it alone for an instant
+        except BaseException:
+            os.close(descriptor)
+            raise
+    raise BlockingIOError
+
+
+def close_lock(path: str, descriptor: int):
+    """Release the lock. The last holder removes the file while nobody can lock it; what a crash left does no harm."""
+    try:
+        with contextlib.suppress(OSError):  # another command shares it, or the folder has become read-only
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # It lost the lock for a moment if it was shared: the file of that name may be another's by now.
+            if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                os.unlink(path)
+    finally:
+        os.close(descriptor)
