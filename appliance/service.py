@@ -622,35 +622,6 @@ def install(request: Request, source: str, commands: dict[str, list[str]]) -> in
 # == Uninstalling ==============================================================
 
 
-def removal(layout: Layout, purge: bool, commands: dict[str, list[str]]) -> Iterator[Step]:
-    """Yield the steps that take a service away. What somebody else has put in place of a file of ours stays."""
-    if is_running_systemd(layout):
-        names = [name for name in (SERVICE, *SOCKETS) if os.path.exists("/etc/systemd/system/" + name)]
-        if names:
-            yield Step(f"stop {' '.join(names)}", functools.partial(run_program, "systemctl", "stop", *names))
-    with_sockets = msgspec.structs.replace(layout, sockets=True)
-    for path, to in links(with_sockets).items():
-        target = layout.at(path)
-        if os.path.islink(target) and os.readlink(target) == to:
-            yield Step(f"remove {path}", functools.partial(remove_file, target))
-    for path in (*unit_files(with_sockets, {}), *text_files(layout, commands)):
-        target = layout.at(path)
-        with contextlib.suppress(OSError):
-            with open(target, "rb") as file:
-                is_ours = OURS in file.read()
-            if is_ours:
-                yield Step(f"remove {path}", functools.partial(remove_file, target))
-    # What an upgrade has left: the release before, and of one that was interrupted its copy and its journal.
-    for path in (layout.archive, *(layout.archive + end for end in (".previous", ".new", ".upgrade")), RECORD):
-        if os.path.lexists(layout.at(path)):
-            yield Step(f"remove {path}", functools.partial(remove_file, layout.at(path)))
-    code = layout.at(layout.prefix + "/code")
-    if os.path.isdir(code):
-        yield Step(f"remove {layout.prefix}/code", functools.partial(remove_code, code))
-    if purge:
-        yield from purge_steps(layout)
-
-
 def remove_code(folder: str):
     """Remove the unpacked programs: see build/main.py. Another file in their folder is not ours, and keeps it."""
     for name in os.listdir(folder):
@@ -677,6 +648,35 @@ def purge_steps(layout: Layout) -> Iterator[Step]:
         root = [] if layout.root == "/" else ["--root", layout.root]
         name = "userdel" if shutil.which("userdel") else "deluser"
         yield Step(f"remove the user {layout.user}", functools.partial(run_program, name, *root, layout.user))
+
+
+def removal(layout: Layout, purge: bool, commands: dict[str, list[str]]) -> Iterator[Step]:
+    """Yield the steps that take a service away. What somebody else has put in place of a file of ours stays."""
+    if is_running_systemd(layout):
+        names = [name for name in (SERVICE, *SOCKETS) if os.path.exists("/etc/systemd/system/" + name)]
+        if names:
+            yield Step(f"stop {' '.join(names)}", functools.partial(run_program, "systemctl", "stop", *names))
+    with_sockets = msgspec.structs.replace(layout, sockets=True)
+    for path, to in links(with_sockets).items():
+        target = layout.at(path)
+        if os.path.islink(target) and os.readlink(target) == to:
+            yield Step(f"remove {path}", functools.partial(remove_file, target))
+    for path in (*unit_files(with_sockets, {}), *text_files(layout, commands)):
+        target = layout.at(path)
+        with contextlib.suppress(OSError):
+            with open(target, "rb") as file:
+                is_ours = OURS in file.read()
+            if is_ours:
+                yield Step(f"remove {path}", functools.partial(remove_file, target))
+    # What an upgrade has left: the release before, and of one that was interrupted its copy and its journal.
+    for path in (layout.archive, *(layout.archive + end for end in (".previous", ".new", ".upgrade", ".lock")), RECORD):
+        if os.path.lexists(layout.at(path)):
+            yield Step(f"remove {path}", functools.partial(remove_file, layout.at(path)))
+    code = layout.at(layout.prefix + "/code")
+    if os.path.isdir(code):
+        yield Step(f"remove {layout.prefix}/code", functools.partial(remove_code, code))
+    if purge:
+        yield from purge_steps(layout)
 
 
 def uninstall(request: Request, commands: dict[str, list[str]]) -> int:
