@@ -605,6 +605,16 @@ class Journal(msgspec.Struct):
     old: str  # versions
     new: str
     running: Running
+    started: int = 0  # the process of the new release, where it is no unit: it may not have the database open yet
+
+
+def is_started(journal: Journal) -> bool:
+    """Return whether the process that the upgrade has started runs, and not another one that got its id."""
+    argv = journal.running.argv
+    with contextlib.suppress(OSError), open(f"/proc/{journal.started}/cmdline", "rb") as file:
+        words = [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
+        return bool(argv) and words[-len(argv) :] == argv  # below the shell of start_server(), for an instant
+    return False
 
 
 class Upgrade:
@@ -669,14 +679,18 @@ class Upgrade:
         elif pid > 0 and running.kind != "none":
             self.data.call("stop", pid=pid)
 
-    def start(self, running: Running) -> str:
+    def start(self, journal: Journal) -> str:
         """Start the server, and wait until it is ready. Return why it is not, if so."""
+        running = journal.running
         if running.kind == "none":
             return ""
         try:
             process = start_server(running, self.environ)
         except StartupError as refusal:
             return str(refusal)
+        if process:
+            journal.started = process.pid
+            write_durably(self.journal, msgspec.json.encode(journal))
         deadline = time.monotonic() + self.wait
         while True:
             reason = self.data.call("await_ready", seconds=0.5)["reason"]
@@ -695,7 +709,7 @@ class Upgrade:
         self.checkpoint("replaced")
         self.data.call("release")
         self.checkpoint("released")
-        failure = self.start(journal.running)
+        failure = self.start(journal)
         self.checkpoint("started")
         return failure
 
@@ -706,6 +720,8 @@ class Upgrade:
         """
         found = self.data.call("describe")
         self.stop(journal.running, found["pid"])
+        if is_started(journal):
+            self.data.call("stop", pid=journal.started)
         self.checkpoint("stopped again")
         if self.data.call("describe")["state"]:
             self.data.call("go_back")
@@ -715,7 +731,7 @@ class Upgrade:
         self.checkpoint("archive back")
         self.data.call("clear")
         self.checkpoint("cleared")
-        failure = self.start(journal.running)
+        failure = self.start(journal)
         self.finish()
         return failure
 

@@ -9,14 +9,17 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import box as box_module
+import msgspec
 import pytest
 from box import ARCHIVE, ROOT, Box
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -216,6 +219,46 @@ class TestTheCopy:
                 copy_archive(str(tmp_path / "new"), str(tmp_path / "copy"))
 
         assert in_child(work) == 0
+
+
+class TestASlowStart:
+    """A new release may take longer than --wait to open the database. Nobody who looks there finds its process."""
+
+    @pytest.mark.parametrize("is_resumed", [False, True])
+    def test_it_is_ended_before_the_old_data_are_put_back(self, tmp_path, monkeypatch, is_resumed):
+        archive, steps = tmp_path / "microauthd.pyz", []
+        archive.write_text("new")
+        Path(f"{archive}.previous").write_text("old")
+        started = []
+
+        def start_server(running, environ):
+            started.append(subprocess.Popen(["/bin/sh", "-c", 'exec "$@"', "sh", *running.argv]))
+            return started[-1]
+
+        def call(step, **more):
+            steps.append((step, started[0].poll() is None))
+            if step == "stop":
+                room.stop_process(more["pid"])
+            return {"pid": 0, "state": "T", "reason": "no server has started"}
+
+        monkeypatch.setattr(room, "start_server", start_server)
+        monkeypatch.setattr(room, "DataProcess", lambda *words: SimpleNamespace(call=call))
+        journal = room.Journal("1", "2", Running("process", argv=["sleep", "47"]))
+        try:
+            assert room.Upgrade(str(archive), str(archive), [], {}, 0).start(journal) == "no server has started"
+            if is_resumed:
+                journal = msgspec.json.decode(Path(f"{archive}.upgrade").read_bytes(), type=room.Journal)
+            room.Upgrade(str(archive), str(archive), [], {}, 0).take_back(journal)
+            assert archive.read_text() == "old" and len(started) == 2 and started[1].poll() is None
+            assert ("stop", True) in steps and ("go_back", False) in steps and ("go_back", True) not in steps
+        finally:
+            for process in started:
+                process.kill()
+                process.wait()
+
+    def test_another_process_that_got_its_id_is_left_alone(self):
+        assert not room.is_started(room.Journal("1", "2", Running("process", argv=["sleep", "47"]), os.getpid()))
+        assert not room.is_started(room.Journal("1", "2", Running("unit"), os.getpid()))
 
 
 class TestTheData:
