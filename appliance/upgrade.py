@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from appliance.base import StartupError
 from appliance.base.clock import sleep
-from appliance.base.files import open_owned, read_owned, show_path, sync_directory, write_durably
+from appliance.base.files import close_lock, open_lock, open_owned, read_owned, show_path, sync_directory, write_durably
 from appliance.base.settings import Options, take_secrets
 from appliance.base.store import MIGRATIONS
 from appliance.base.wal import forget_mark
@@ -846,8 +846,32 @@ def describe_restart(running: Running) -> str:
 WENT_BACK, UNDONE = 3, 4  # exit statuses
 
 
-def upgrade(work: Upgrade, source: str, flags: list[str], keys: str) -> int:
-    """Replace the installed archive by another, or go back. Return the exit status. Raises StartupError."""
+@contextlib.contextmanager
+def hold_archive(archive: str, seconds: float | None = None):
+    """Keep other upgrades of an archive off: they have the same copy, whose check would be of another file than the one
+    that is installed. Raises StartupError if one runs for longer than that, STOP_SECONDS by default.
+
+    A process that is forked in here holds it too, such as the guard of an upgrade that was killed.
+    """
+    path, deadline = archive + ".lock", time.monotonic() + (STOP_SECONDS if seconds is None else seconds)
+    while True:
+        try:
+            descriptor = open_lock(path, shared=False)
+            break
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise StartupError(f"another upgrade of {archive} is running") from None
+            sleep(0.1)
+        except OSError as error:
+            raise StartupError(f"{os.path.dirname(archive)} cannot be written: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        close_lock(path, descriptor)
+
+
+def upgrade_alone(work: Upgrade, source: str, flags: list[str], keys: str) -> int:
+    """Do what upgrade() says, while no other upgrade runs."""
     has_begun = True
     try:
         if done := work.resume():
@@ -888,3 +912,12 @@ def upgrade(work: Upgrade, source: str, flags: list[str], keys: str) -> int:
         return UNDONE
     finally:
         work.end()
+
+
+def upgrade(work: Upgrade, source: str, flags: list[str], keys: str) -> int:
+    """Replace the installed archive by another, or go back. Return the exit status. Raises StartupError."""
+    try:
+        with hold_archive(work.archive):
+            return upgrade_alone(work, source, flags, keys)
+    finally:
+        work.data.end()

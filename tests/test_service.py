@@ -570,7 +570,7 @@ class TestInstall:
         where = ("--prefix", "/srv/mad", "--data", "/srv/data", "--user", "keeper")
         assert self.install(tree, "--yes", "--sockets", *where).returncode == 0
         (tree / "srv/data/mad.db3").write_text("every account")
-        for left_by_an_upgrade in ("previous", "new", "upgrade"):
+        for left_by_an_upgrade in ("previous", "new", "upgrade", "lock"):
             (tree / f"srv/mad/microauthd.pyz.{left_by_an_upgrade}").touch()
         (tree / "usr/local/bin/mad").write_text("somebody else's")
         done = run_archive("uninstall", "--root", tree, "--yes")

@@ -221,6 +221,56 @@ class TestTheCopy:
         assert in_child(work) == 0
 
 
+class TestOneAtATime:
+    """All have one copy: it must be the checked one that is installed, and one journal, which each would go back by."""
+
+    def other(self, archive):
+        """What another call is told."""
+        with pytest.raises(StartupError) as refused, room.hold_archive(archive, 0.2):
+            pass
+        return str(refused.value)
+
+    def test_another_waits_and_is_refused(self, tmp_path):
+        archive = str(tmp_path / "microauthd.pyz")
+        with room.hold_archive(archive):
+            assert "another upgrade" in self.other(archive)
+            assert stat.S_IMODE(os.stat(archive + ".lock").st_mode) == 0o600  # nobody else can hold it: flock(2)
+        with room.hold_archive(archive, 0.2):
+            pass
+        assert os.listdir(tmp_path) == []
+
+    def test_what_a_killed_one_has_left_to_finish_it_keeps_others_off(self, tmp_path):
+        archive = str(tmp_path / "microauthd.pyz")
+        reading, writing = os.pipe()
+
+        def work():
+            with room.hold_archive(archive):
+                if not os.fork():
+                    os.close(writing)
+                    os.read(reading, 1)
+                    os._exit(0)
+                die()
+
+        assert in_child(work) == signal.SIGKILL
+        assert "another upgrade" in self.other(archive)
+        os.close(writing)
+        with room.hold_archive(archive, 20):
+            pass
+
+    def test_the_command_touches_nothing_of_the_one_that_runs(self, tmp_path, monkeypatch):
+        archive, ended = str(tmp_path / "microauthd.pyz"), []
+        for name in ("", ".new", ".upgrade"):
+            Path(archive + name).write_text(name)
+        monkeypatch.setattr(room, "STOP_SECONDS", 0.2)
+        monkeypatch.setattr(room, "DataProcess", lambda *words: SimpleNamespace(end=lambda: ended.append(1)))
+        work = room.Upgrade(archive, archive, [], {}, 1)
+        with room.hold_archive(archive), pytest.raises(StartupError, match="another upgrade"):
+            room.upgrade(work, archive, [], "")
+        assert ended and {path.name for path in tmp_path.iterdir()} == {
+            f"microauthd.pyz{name}" for name in ("", ".new", ".upgrade")
+        }
+
+
 class TestASlowStart:
     """A new release may take longer than --wait to open the database. Nobody who looks there finds its process."""
 
