@@ -2,7 +2,6 @@
 
 import calendar
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -16,7 +15,9 @@ import sqlcipher3
 
 from appliance.base import StartupError
 from appliance.base.settings import Options
-from appliance.base.files import check_folder, existing_folder, read_owned, show_path, sync_directory
+from appliance.base.files import (
+    check_folder, close_lock, existing_folder, open_lock, read_owned, show_path, sync_directory,
+)
 from appliance.base.metrics import BACKUPS, BACKUP_AT
 from appliance.base.database import Unavailable
 from appliance.base.store import Store
@@ -141,6 +142,7 @@ BACKUP_NAME = re.compile(
 )
 BACKUP_DIGEST = "sha256 of "  # begins the name under which meta has the hash of a backup, whose name follows
 BACKUP_PIECE = 1 << 20
+LOCK_NAME = ".microauthd.lock"  # not the folder itself: whoever can read that can lock it, and hold it for ever
 
 
 @contextlib.contextmanager
@@ -163,17 +165,19 @@ def hold_backup_folder(options: Options, make=False):
         raise Problem("temporarily_unavailable", log=f"backup-folder: {error.strerror}", retry_after=60) from None
     except StartupError as refusal:
         raise Problem("temporarily_unavailable", log=f"backup-folder: {refusal}", retry_after=3600) from None
+    path = os.path.join(options.backup_folder, LOCK_NAME)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Problem(
-                "temporarily_unavailable", log="another backup is being made or read", retry_after=5
-            ) from None
-        except OSError:  # NFS locks no folder, since it is not open for writing: the names differ anyhow. flock(2)
-            pass
+        lock = open_lock(path, shared=False)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise Problem("temporarily_unavailable", log="another backup is being made or read", retry_after=5) from None
+    except OSError:  # a medium that is read-only or full, or takes no locks: the names differ anyhow
+        lock = -1
+    try:
         yield descriptor
     finally:
+        if lock >= 0:
+            close_lock(path, lock)
         os.close(descriptor)
 
 

@@ -1,12 +1,15 @@
 """Backup: what a copy of the box is, and how it is made and fetched over ADMIN."""
 
 import dataclasses
+import errno
+import fcntl
 import hashlib
 import io
 import os
 import re
 import resource
 import signal
+import stat
 import threading
 import time
 
@@ -281,6 +284,30 @@ class TestOverAdmin:
             and str(tmp_path) not in str(answer.json)
             and not list((tmp_path / "backups").iterdir())
         )
+
+    def test_nobody_else_can_keep_it_from_being_made(self, call, tmp_path):
+        """flock(2): whoever can read a folder can lock it, and that of a mounted disk is there for all to read."""
+        (tmp_path / "backups").mkdir(exist_ok=True)
+        (tmp_path / "backups").chmod(0o755)
+        descriptor = os.open(tmp_path / "backups", os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            assert call("POST", "/backup").status == 200
+            with hold_backup_folder(call.idp.options):
+                (lock,) = (tmp_path / "backups").glob(".*")
+                assert stat.S_IMODE(lock.stat().st_mode) == 0o600
+            assert not lock.exists()
+        finally:
+            os.close(descriptor)
+
+    def test_where_no_lock_can_be_made_backups_are_read_all_the_same(self, call, monkeypatch):
+        name = call("POST", "/backup").json["name"]
+
+        def refuse(path, shared):
+            raise OSError(errno.EROFS, "Read-only file system")
+
+        monkeypatch.setattr(backup, "open_lock", refuse)
+        assert call("GET", f"/backup/{name}").status == 200
 
     def test_what_a_kill_left_is_cleared_away(self, call, tmp_path):
         left = [
