@@ -12,6 +12,7 @@ from cyclonedx.contrib.license.factories import LicenseFactory
 from cyclonedx.model import HashType, Property
 from cyclonedx.model.bom import Bom, BomMetaData
 from cyclonedx.model.component import Component, ComponentType
+from cyclonedx.model.license import LicenseExpression
 from cyclonedx.output.json import JsonV1Dot6
 from packageurl import PackageURL
 
@@ -88,6 +89,11 @@ def linked_into(name: str, package: Package, contents: Contents) -> list[Compone
     return list(found.values())
 
 
+def expression_of(part: Component) -> str:
+    (license,) = part.licenses
+    return license.value if isinstance(license, LicenseExpression) else license.id or license.name
+
+
 def bill_of_materials(version: str, contents: Contents, sha256: str, targets: list[str], made_at: int) -> str:
     """Return the bill of materials of an archive as CycloneDX 1.6 JSON. The same archive gives the same document."""
     archive = component(
@@ -116,9 +122,15 @@ def bill_of_materials(version: str, contents: Contents, sha256: str, targets: li
 
 
 def licenses(contents: Contents) -> str:
-    """Return the licences of all that the archive holds, as plain text."""
-    rows = sorted((name, package.version, license_of(name, package)) for name, package in contents.packages.items())
-    chapters = ["\n".join(f"{name} {version}: {license}" for name, version, license in rows)]
+    """Return the licences of all that the archive holds, as plain text: a list of all of it, then every text."""
+    rows = []
+    for name, package in sorted(contents.packages.items()):
+        rows.append(f"{name} {package.version}: {license_of(name, package)}")
+        for part in linked_into(name, package, contents):
+            rows.append(f"{part.name} {part.version or '(no version)'}, in {name}: {expression_of(part)}")
+    for name, version, license in VENDORED:
+        rows.append(f"{name} {version or '(no version)'}, in our own sources: {license}")
+    chapters = ["\n".join(rows)]
     for name, package in sorted(contents.packages.items()):
         for file, text in package.licenses.items():
             chapters.append(f"== {name} {package.version}, {file}\n\n{text.strip()}")

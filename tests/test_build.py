@@ -188,6 +188,17 @@ class TestBillOfMaterials:
 
         assert inner["cryptography", "openssl"] in backend.openssl_version_text()
 
+    def test_the_licences_name_all_of_it_and_have_the_texts(self, bill):
+        with zipfile.ZipFile(ARCHIVE) as archive:
+            listed, text = archive.read("site-packages/appliance/LICENSES").decode().split("\n\n", 1)
+        for row in bill["components"]:
+            version = row.get("version", "(no version)")
+            is_ours = row["purl"].startswith("pkg:generic")
+            assert f"{row['name']} {version}{', in our own sources' if is_ours else ''}: " in listed
+            assert f"== {row['name']} {version}," in text or (is_ours and row["name"] in text.lower())
+            for part in row.get("components", ()):
+                assert f"\n{part['name']} {part.get('version', '(no version)')}, in {row['name']}: " in listed
+
     def test_it_belongs_to_this_archive(self, bill):
         (digest,) = bill["metadata"]["component"]["hashes"]
         assert digest == {"alg": "SHA-256", "content": pyz.sha256_of(ARCHIVE)}
