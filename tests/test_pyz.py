@@ -184,7 +184,8 @@ class TestUnpacking:
         with tempfile.TemporaryDirectory() as name:
             os.chmod(name, 0o755)
             root = Path(name) / "code"
-            root.mkdir(mode=0o755)
+            root.mkdir()
+            os.chmod(root, 0o755)  # whatever the umask is
             os.chown(root, 0, 65001)  # the group of the service
             (root / ".lock").touch(0o644)  # of a release before
             assert run("version", home=home, MICROAUTHD_CACHE=str(root)).returncode == 0
@@ -385,7 +386,9 @@ class TestCommands:
                 for name in archive.namelist()
                 if name.endswith(".dist-info/METADATA")
             }
-        assert {line.partition(" ")[0] for line in listed.splitlines()} == packages - {"microauthd"}
+        # With them, what is linked into them: test_build holds the list to the bill of materials.
+        own = {line.partition(" ")[0] for line in listed.splitlines() if ", in " not in line.partition(":")[0]}
+        assert own == packages - {"microauthd"}
         for title in (*packages - {"microauthd"}, "SQLCipher, ", "OpenSSL, ", "libffi, ", "Argon2, ", "swagger/rapidoc"):
             assert f"\n== {title}" in texts
         for sentence in ("Neither the name of the ZETETIC LLC", "Apache License", "Lea Verou", "Dan Wheeler"):

@@ -934,8 +934,11 @@ class TestContainer:
         assert box.token().status == 200
         conf = (box.folder / "mad.conf").read_text()
         assert "a database phrase" not in conf and Box.PASSWORD not in conf
+        end = time.monotonic() + 20
+        while " serving " not in (box.folder / "output.txt").read_text() and time.monotonic() < end:
+            time.sleep(0.05)  # the processes serve before the line says so
         assert box.stop() == 0
-        output = (box.folder / "output.txt").read_text()  # complete now: the processes serve before the line says so
+        output = (box.folder / "output.txt").read_text()
         assert " serving " in output and told["client_secret"] not in output and not box.log()  # it is stdout's
         box.start()  # now it is set up
         assert box.token().status == 200 and box.stop() == 0
