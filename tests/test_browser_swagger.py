@@ -28,7 +28,7 @@ def shown(box, chromium, request):
 
 class TestSwagger:
     def test_it_shows_what_the_port_serves(self, shown):
-        expect(shown.get_by_text(f"microauthd {shown.port} API").first).to_be_visible()
+        expect(shown.get_by_text(f"microauthd {shown.port} API").first).to_be_visible(timeout=30_000)  # all routes
         path = "/introspect" if shown.port == "auth" else "/audit-logs/verify"
         listed = shown.get_by_text(path, exact=False).first
         listed.click()
@@ -36,7 +36,7 @@ class TestSwagger:
         assert shown.troubles == []
 
     def test_nothing_is_asked_of_anybody_else(self, shown):
-        expect(shown.get_by_text(f"microauthd {shown.port} API").first).to_be_visible()
+        expect(shown.get_by_text(f"microauthd {shown.port} API").first).to_be_visible(timeout=30_000)  # all routes
         shown.wait_for_load_state("networkidle")
         assert {url for url in shown.asked if not url.startswith(("data:", "blob:"))} == {
             f"{shown.origin}/{path}" for path in ("swagger", "swagger/rapidoc-min.js", "openapi.json")
