@@ -899,7 +899,6 @@ LISTED_REFRESH_TOKENS = f"""
       JOIN family ON family.sid = refresh_token.sid
       LEFT JOIN client ON client.client_id = refresh_token.client_id
 """
-# The rows of client_credentials tokens have these values in common, so they need not be queued with each.
 # The same as `ip_address`, for one from which very many logged in: read in the order of ids until a page is full.
 OF_CROWDED_ADDRESS = """
     EXISTS (SELECT 1 FROM family WHERE family.sid = session.sid AND family.ip_address = :ip_address
@@ -914,6 +913,7 @@ HOLDERS = {
 }
 HELD_BY_FEW = {name: f"account.id IN ({holders})" for name, holders in HOLDERS.items()}
 HELD_BY_MANY = {name: f"EXISTS ({holders} AND user_id = account.id)" for name, holders in HOLDERS.items()}
+# The rows of client_credentials tokens have these values in common, so they need not be queued with each.
 MACHINE_SESSION_INSERT = """
     INSERT INTO session (id, client_id, scope, token_use, mad_use, login_method, issued_at, expires_at)
     VALUES (?, ?, ?, 'access', 'auth', 'client_credentials', ?, ?)
