@@ -863,18 +863,21 @@ LISTED_SESSIONS = f"""
       LEFT JOIN client ON client.client_id = session.client_id
       LEFT JOIN family ON family.sid = session.sid
 """
+# The epoch of everything, in milliseconds, as Idp.revoked_before is in Python.
+REVOKED_BEFORE = """
+    coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'revoked_before'), 0)
+"""
 # Whether an access token is alive, as is_session_revoked() says of a listed one. An id begins with its milliseconds.
 SESSION_IS_ALIVE = f"""
     session.expires_at > :now AND session.revoked_at IS NULL
     -- Implied by the maximum below: but as a range of ids it is not even read what an end of everything left behind.
-    AND session.id > printf('%012x',
-        coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'revoked_before'), 0))
+    AND session.id > printf('%012x', {REVOKED_BEFORE})
     AND substr(session.id, 1, 12) > printf('%012x', max(
         coalesce((SELECT revoked_before FROM account WHERE account.id = session.user_id), 0),
         CASE WHEN mad_use = 'admin' THEN 0
              ELSE coalesce((SELECT revoked_before FROM client WHERE client.client_id = session.client_id),
                            9223372036854775807) END,
-        coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'revoked_before'), 0)))
+        {REVOKED_BEFORE}))
     AND (session.sid IS NULL
          OR EXISTS (SELECT 1 FROM family WHERE family.sid = session.sid AND NOT {FAMILY_REVOKED}))
 """
@@ -2655,8 +2658,7 @@ class Store(Database):
                      WHERE revoked_at IS NULL AND expires_at > :now AND last_seen_at + :idle > :now AND {where} {{follows}}
                      LIMIT -1) AS found
              CROSS JOIN account ON account.id = found.user_id
-             WHERE is_active = 1 AND found.created_ms > max(account.revoked_before,
-                   coalesce((SELECT CAST(value AS INTEGER) FROM meta WHERE name = 'revoked_before'), 0))
+             WHERE is_active = 1 AND found.created_ms > max(account.revoked_before, {REVOKED_BEFORE})
         """
         parameters = {"now": now, "idle": idle} | {name: value for name, value in given.items() if value is not None}
         total = self.count(living.format(columns="1", follows=""), COUNT_LIVING_MAX, **parameters)
