@@ -123,28 +123,24 @@ def run_program(*words: str):
         raise StartupError(f"{' '.join(words)} failed: {(done.stderr or done.stdout).strip()[-500:]}")
 
 
-def ids_of(layout: Layout) -> tuple[int, int] | None:
-    """Return uid and gid of the service's user, of the system that is installed into; None where there is none."""
+def user_of(layout: Layout) -> tuple[int, int, str] | None:
+    """Return uid, gid and home folder of the service's user, of the system that is installed into; None without one."""
     if layout.root == "/":
         with contextlib.suppress(KeyError):
-            return pwd.getpwnam(layout.user).pw_uid, grp.getgrnam(layout.user).gr_gid
+            user = pwd.getpwnam(layout.user)
+            return user.pw_uid, grp.getgrnam(layout.user).gr_gid, user.pw_dir
         return None
-    found = []
+    rows: list[list[str]] = []
     for path in ("/etc/passwd", "/etc/group"):
         with contextlib.suppress(OSError), open(layout.at(path)) as file:
-            found += [int(row[2]) for row in (line.split(":") for line in file) if row[0] == layout.user][:1]
-    return (found[0], found[1]) if len(found) == 2 else None
+            rows += [row for row in (line.split(":") for line in file) if row[0] == layout.user][:1]
+    return (int(rows[0][2]), int(rows[1][2]), rows[0][5]) if len(rows) == 2 else None
 
 
-def home_of(layout: Layout) -> str:
-    """Return the home folder of the service's user, of the system that is installed into; "" where it has none."""
-    if layout.root == "/":
-        with contextlib.suppress(KeyError):
-            return pwd.getpwnam(layout.user).pw_dir
-        return ""
-    with contextlib.suppress(OSError), open(layout.at("/etc/passwd")) as file:
-        return next((row[5] for row in (line.split(":") for line in file) if row[0] == layout.user), "")
-    return ""
+def ids_of(layout: Layout) -> tuple[int, int] | None:
+    """Return uid and gid of user_of()."""
+    found = user_of(layout)
+    return found[:2] if found else None
 
 
 def owner_of(layout: Layout, owner: str) -> tuple[int, int]:
@@ -638,13 +634,13 @@ def purge_steps(layout: Layout) -> Iterator[Step]:
     """Yield the steps that remove settings, data and user. Raises StartupError for a folder that is not the server's:
     a mistyped --data would remove what is somebody else's.
     """
-    data, ids = layout.at(layout.data), ids_of(layout)
-    if os.path.isdir(data) and os.listdir(data) and os.lstat(data).st_uid != (ids[0] if ids else -1):
+    data, user = layout.at(layout.data), user_of(layout)
+    if os.path.isdir(data) and os.listdir(data) and os.lstat(data).st_uid != (user[0] if user else -1):
         raise StartupError(f"{data} does not belong to the user {layout.user}: it is no data of this service")
     for path in (layout.data, CONFIG):
         if os.path.isdir(layout.at(path)) and not os.path.islink(layout.at(path)):
             yield Step(f"remove {path} with all that is in it", functools.partial(shutil.rmtree, layout.at(path)))
-    if ids and home_of(layout) == layout.data:  # as user_step() makes it: not one that was there before
+    if user and user[2] == layout.data:  # as user_step() makes it: not one that was there before
         root = [] if layout.root == "/" else ["--root", layout.root]
         name = "userdel" if shutil.which("userdel") else "deluser"
         yield Step(f"remove the user {layout.user}", functools.partial(run_program, name, *root, layout.user))
