@@ -92,7 +92,7 @@ from appliance.base.objects import (
     CreateScope, CreateUser, EMAIL_MAX, EndSessionForm, EnrolForm, EnrolTotp, Err, ExportAudit, FlagObject, Found,
     GRANT_TYPES, GenerateTotp, HeadlessCodeForm, HeadlessLastForm, HeadlessPasswordForm, Health, HistoryObject,
     IdTokenClaims, IdpObject, Introspection, InvitationObject, Invite, InviteForm, InvitePageForm, Jwks, KeyImpact,
-    KeyObject, LABEL_MAX, ListAudit, ListBrowserSessions, ListClients, ListNamed, ListRoleMatrix, ListRoles,
+    KeyObject, LABEL_MAX, LOGO_SIZE, ListAudit, ListBrowserSessions, ListClients, ListNamed, ListRoleMatrix, ListRoles,
     ListSessions, ListUsers, ListedBackup, LoginPageForm, LogoutForm, MakeBackup, Me, Msg, NameRef, NewFlag,
     NewInvitation, OAuthError, OfClient, OptionObject, PASSWORD_MAX, PROVIDER_KEY_MAX, Paged, PagedById, PasswordForm,
     PasswordVerdict, PermissionMember, Ping, PkceStep, Preview, PreviewPage, PreviewTokens, PreviewedScopes,
@@ -106,7 +106,7 @@ from appliance.base.objects import (
 )
 from appliance.base.hashing import Busy, HashFailed, Hasher, VerifiedSecrets, salt_of
 from appliance.base.pages import (
-    Brand, LOGO_SIZE, SCRIPTS, Pages, contrast, describe_age, describe_browser, draw_qr, logo_name, on_brand,
+    Brand, SCRIPTS, Pages, contrast, describe_age, describe_browser, draw_qr, logo_name, on_brand,
     picture_type, text_uri,
 )
 from appliance.base.console import Console

@@ -7,7 +7,8 @@ import re
 import microauthd as m
 import pytest
 from appliance.base.database import Unavailable
-from appliance.base.pages import LOGO_SIZE, force_scheme, picture_type
+from appliance.base.objects import LOGO_SIZE
+from appliance.base.pages import force_scheme, picture_type
 from appliance.base.settings import Options
 from conftest import CHEAP, Caller
 

@@ -24,6 +24,7 @@ GRANT_TYPES = ("authorization_code", "client_credentials", "password", "refresh_
 USERNAME_MAX, EMAIL_MAX, PASSWORD_MAX, LABEL_MAX, URI_MAX, PROVIDER_KEY_MAX = 100, 254, 255, 255, 2000, 50
 SECRET_MIN, SECRET_MAX = 8, 255
 REASON_MAX = 200
+LOGO_SIZE = 40960  # octets of the picture of the brand: in base64 it fits into a request
 
 
 def limited(schema: dict) -> msgspec.Meta:
@@ -50,7 +51,7 @@ BrandName = Annotated[str, limited({"maxLength": 80, "description": "Blank is th
 BrandColor = Annotated[str, limited({"pattern": "^#?[0-9A-Fa-f]{6}$"})]
 BrandPicture = Annotated[str, limited({
     "contentEncoding": "base64", "maxLength": 56000,
-    "description": "A PNG, JPEG, WebP or SVG picture of at most 40960 octets; blank is none.",
+    "description": f"A PNG, JPEG, WebP or SVG picture of at most {LOGO_SIZE} octets; blank is none.",
 })]
 Overlap = Annotated[int, limited({"minimum": 0, "maximum": OVERLAP_MAX})]
 

@@ -19,8 +19,6 @@ from appliance.base.settings import Options
 PAGES = Path(__file__).parents[1] / "pages"
 LOGO_TYPES = {"png": "png", "svg": "svg+xml", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp"}  # by the file's extension
 
-LOGO_SIZE = 40960  # octets of a picture that ADMIN is sent: in base64 it fits into a request
-
 SCRIPTS = ("form_post.js", "pages.js")
 PICTURE_SIZE = 65536  # octets: the picture of an application stands in the page itself
 
