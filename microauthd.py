@@ -1190,20 +1190,31 @@ def is_still_valid(account: Account | None, issued_ms: int) -> TypeGuard[Account
     return account is not None and bool(account.is_active) and issued_ms > account.revoked_before
 
 
+def console_user(idp: Idp, console: AdminSession | None) -> Account | None:
+    """Return the user of a session at the console, or None if the session is over.
+
+    It is over if its user may no longer log in as an administrator, or if anything revoked what was issued to the user.
+    """
+    now = idp.now()
+    if (
+        console is None or console.expires_at <= now
+        or console.last_seen_at + idp.options.console_idle_expiration <= now
+        or console.created_ms <= idp.revoked_before or console.auth_time > now + IAT_SKEW
+    ):
+        return None
+    account = idp.store.find_account(console.user_id)
+    return account if is_still_valid(account, console.created_ms) and is_admin(idp, console.user_id) else None
+
+
 def revoke_for_new_credentials(idp: Idp, caller: Caller, user_id: str, action: str):
     """Revoke everything that was issued to a user whose credentials change.
 
     The session at the console in which administrators change their own outlives that, if it is alive until then: what
     has ended it since the request came must not be undone. Call it in the transaction of the change.
     """
-    found = idp.store.find_admin_session(caller.console) if caller.console else None
-    account = idp.store.find_account(user_id)
-    is_kept = (
-        found is not None and found.user_id == user_id and found.created_ms > idp.revoked_before
-        and is_still_valid(account, found.created_ms)
-    )
+    account = console_user(idp, idp.store.find_admin_session(caller.console)) if caller.console else None
     revoke_user(idp, caller, user_id, action)
-    if is_kept:
+    if account and account.id == user_id:
         idp.store.keep_admin_session(caller.console, user_id)
 
 
@@ -4287,22 +4298,15 @@ def is_at_its_place(caller: Caller, console: AdminSession) -> bool:
 
 
 def find_console(idp: Idp, caller: Caller, handle: str | None, passive: bool) -> tuple[AdminSession, Account] | None:
-    """Return the session at the console of a cookie and its user, or None if it is over.
+    """Return the session at the console of a cookie and its user, or None if it is over: see console_user().
 
-    It is over if its user may no longer log in as an administrator, or if anything revoked what was issued to the user.
     Neither a passive request counts as use, nor one from elsewhere.
     """
     if not handle or len(handle) > 100:
         return None
     console, now = idp.store.find_admin_session(sha256(handle)), idp.now()
-    if (
-        console is None or console.expires_at <= now
-        or console.last_seen_at + idp.options.console_idle_expiration <= now
-        or console.created_ms <= idp.revoked_before or console.auth_time > now + IAT_SKEW
-    ):
-        return None
-    account = idp.store.find_account(console.user_id)
-    if not is_still_valid(account, console.created_ms) or not is_admin(idp, console.user_id):
+    account = console_user(idp, console)
+    if console is None or account is None:
         return None
     is_use = not passive and is_at_its_place(caller, console)
     if is_use and now - console.last_seen_at >= 60:  # at most one write a minute
