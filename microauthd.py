@@ -7968,13 +7968,13 @@ def admin_preview(idp, params):
 @ADMIN("GET", "/dashboard/files/<version>/<name:path>", guard=anyone, spec=OWN, gives=bytes, gives_media="*/*")
 def admin_console_file(idp, params):
     """Return a file of the console, of this version of it."""
-    file = idp.console.find(params.path["name"]) if params.path["version"] == idp.console.version else None
-    if file is None and params.path["version"] == idp.console.version:
+    if params.path["version"] != idp.console.version:
+        raise Problem("not_found")
+    file = idp.console.find(params.path["name"])
+    if file is None:
         shown = show_logo(idp, params.path["name"], cache=31536000)
         shown.headers.append(("Cross-Origin-Resource-Policy", "same-origin"))
         return shown
-    if file is None:
-        raise Problem("not_found")
     headers = [("Cross-Origin-Resource-Policy", "same-origin"), ("Vary", "Accept-Encoding")]
     accepted = params.environ.get("HTTP_ACCEPT_ENCODING", "").lower()
     is_packed = re.search(r"\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))", accepted) is not None
