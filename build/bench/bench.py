@@ -413,12 +413,20 @@ class Dex(DurablePeer):
         wait_until_it_serves(self, "/.well-known/openid-configuration")
 
     def mint(self, count):
-        return [self._log_in(number) for number in range(count)]
+        return [self._log_in_at_last(number) for number in range(count)]
+
+    def _log_in_at_last(self, number):
+        for _ in range(50):
+            with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+                return self._log_in(number)
+            time.sleep(0.2)
+        sys.exit("Dex lets nobody in")
 
     def _log_in(self, number):
         """Log in at one of the connectors, each of which lets one user in. Return the refresh token.
 
-        Dex keeps one refresh token for a user and a client: 50 chains are 50 users.
+        Dex keeps one refresh token for a user and a client: 50 chains are 50 users. Its SQLite may answer that the
+        database is locked when the load has just ended: the login is begun anew then.
         """
         origin, callback = f"http://127.0.0.1:{self.port}", f"http://127.0.0.1:{self.port}/cb"
         asked = {"client_id": "bench", "redirect_uri": callback, "response_type": "code", "scope": "openid offline_access"}
