@@ -404,8 +404,9 @@ def box(tmp_path_factory, request):
 @pytest.fixture(scope="module")
 def chromium():
     """A browser. One of a file: the loop that drives it would be in the way of tests with a loop of their own."""
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=30_000)  # a busy machine takes longer than five seconds to show a page
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=QUIET_BROWSER)
         yield browser

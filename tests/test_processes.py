@@ -51,7 +51,10 @@ class Load:
     def __enter__(self):
         for thread in self.threads:
             thread.start()
-        time.sleep(0.3)
+        end = time.monotonic() + 60
+        while self.good <= 100 and not self.bad:
+            assert time.monotonic() < end
+            time.sleep(0.01)
         return self
 
     def __exit__(self, *_):
