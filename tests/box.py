@@ -31,6 +31,14 @@ def free_port():
             return port
 
 
+def runs(pid):
+    """Whether a process has not ended. One without a parent is a zombie until init waits for it, which may take seconds."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"  # proc_pid_stat(5)
+    except OSError:
+        return False
+
+
 class Answer:
     def __init__(self, status, headers, body):
         self.status, self.headers, self.body = status, headers, body
@@ -150,9 +158,9 @@ class Box:
         self.process.wait(10)
         self.output.close()
         end = time.monotonic() + 5
-        while any(Path(f"/proc/{pid}").exists() for pid in pids[1:]) and time.monotonic() < end:
+        while any(map(runs, pids[1:])) and time.monotonic() < end:
             time.sleep(0.01)
-        return not any(Path(f"/proc/{pid}").exists() for pid in pids[1:])
+        return not any(map(runs, pids[1:]))
 
     def pids(self):
         """The supervisor and its children, in the order they were started."""
