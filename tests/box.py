@@ -73,7 +73,10 @@ class Box:
     def set_up(self):
         """Run `setup`, or copy what it made for another box with these settings: it takes longer than a start."""
         self.folder.mkdir(mode=0o700, exist_ok=True)
-        asked = {name: value for name, value in self.settings.items() if not name.endswith("-port")}
+        # Ports and workers change nothing that `setup` makes but their lines of mad.conf.
+        asked = {
+            name: value for name, value in self.settings.items() if not name.endswith("-port") and name != "workers"
+        }
         environ = {
             name: value for name, value in self.environ.items() if name not in ("HOME", "FAILING_FOLDER", "FAILING_CONTROL")
         }
@@ -91,6 +94,9 @@ class Box:
             if name == "mad.conf":
                 for old, new in zip(ports, (self.auth_port, self.admin_port), strict=True):
                     content = re.sub(rb"\b%d$" % old, b"%d" % new, content, flags=re.MULTILINE)
+                line = f"workers = {self.settings['workers']}" if "workers" in self.settings else "# workers = auto"
+                content, count = re.subn(rb"(?m)^(# )?workers = .*$", line.encode(), content)
+                assert count == 1
             with open(os.open(self.folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
                 file.write(content)
         return self
