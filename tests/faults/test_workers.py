@@ -7,21 +7,23 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 import types
 
+import box as box_module
 import pytest
-from box import PROGRAM, Box
+from box import PROGRAM, ROOT, Box
 from crowd import Administrator, Crowd, Patron, Service, await_true, basic, request, sockets_of
 from test_flows import make_certificate
 from appliance.base.metrics import Counters
 from appliance.base.database import Generation, read_database_key
 from appliance.base.store import Store
-from appliance.base.wire import Limits
 from appliance.processes import START_SECONDS, STUCK_SECONDS, Supervisor
 
 LONG = pytest.mark.long
+PATIENCE = 30  # seconds: whatever is awaited comes at once, but on a machine that is busy
 
 
 @pytest.fixture
@@ -31,6 +33,23 @@ def box(tmp_path):
             assert box.token().status == 200
         yield box
         assert "Traceback" not in box.said()
+
+
+@contextlib.contextmanager
+def hasty(folder, change, **settings):
+    """A box that serves from the source, with a constant of appliance.processes changed: what it waits for comes sooner."""
+    program = (
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom appliance import commands, processes\n{change}\n"
+        "sys.exit(commands.main())"
+    )
+    box = Box(folder, **settings).set_up()
+    with contextlib.ExitStack() as stack:
+        stack.callback(box.__exit__)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(box_module, "PROGRAM", [sys.executable, "-I", "-c", program])
+            box.start()
+        yield box
+    assert "Traceback" not in box.said()
 
 
 def state_of(pid):
@@ -45,7 +64,7 @@ def state_of(pid):
 def stop(pid):
     """SIGSTOP, and wait for it."""
     os.kill(pid, signal.SIGSTOP)
-    await_true(lambda: state_of(pid) == "T", 2, "it does not stop")
+    await_true(lambda: state_of(pid) == "T", PATIENCE, "it does not stop")
 
 
 def kill(box, pid):
@@ -53,7 +72,7 @@ def kill(box, pid):
     stop(pid)
     held = sockets_of(pid)
     os.kill(pid, signal.SIGKILL)
-    await_true(lambda: state_of(pid) in "ZX", 2, "it does not die")  # until then a request can still be sent to it
+    await_true(lambda: state_of(pid) in "ZX", PATIENCE, "it does not die")  # until then a request can still be sent to it
     return held, time.monotonic()
 
 
@@ -68,12 +87,12 @@ def links_of(pid):
 
 def replaced(box, dead, role, known):
     """Wait for the process in its place, and for the first connection it takes. How long it took is not looked at here."""
-    (new,) = await_true(lambda: set(box.pids()) - known, 5, "nobody is in its place")
+    (new,) = await_true(lambda: set(box.pids()) - known, PATIENCE, "nobody is in its place")
     with contextlib.ExitStack() as stack:
 
         def takes():
             sock = stack.enter_context(
-                socket.create_connection(("127.0.0.1", box.auth_port if role == "auth" else box.admin_port), 5)
+                socket.create_connection(("127.0.0.1", box.auth_port if role == "auth" else box.admin_port), PATIENCE)
             )
             sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
             assert b" 200 " in sock.recv(65536)
@@ -81,7 +100,7 @@ def replaced(box, dead, role, known):
                 links_of(new) > 1
             )  # it has taken one; /proc/net/tcp takes long to read where thousands have been closed
 
-        await_true(takes, 5, "the new one takes no connection")
+        await_true(takes, PATIENCE, "the new one takes no connection")
     assert dead not in box.pids()
     return new
 
@@ -116,8 +135,9 @@ def test_each_process_in_turn_is_replaced_within_a_second_and_only_its_own_conne
             )
             assert "answered" not in error, error
         assert len(patron.bad) <= kills
-        assert max(patron.times) < 3, "who came while nobody was there has waited, and was served"
-    assert max(took for _, took, _ in deaths) < 1, [took for _, took, _ in deaths]
+        # The long run measures, with nothing beside it; here others have the processors as well.
+        assert max(patron.times) < (3 if kills > 10 else PATIENCE), "who came while nobody was there waited, and was served"
+    assert max(took for _, took, _ in deaths) < (1 if kills > 10 else PATIENCE), [took for _, took, _ in deaths]
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(9, marks=LONG)])
@@ -129,24 +149,29 @@ def test_deaths_in_quick_succession_do_not_end_the_service(box, kills):
             role = "admin" if sockets_listening(victim) == {box.admin_port} else "auth"
             kill(box, victim)
             replaced(box, victim, role, known)
-    assert len(patron.bad) <= kills and max(patron.times) < 2, patron.bad
+    assert len(patron.bad) <= kills and max(patron.times) < (2 if kills > 4 else PATIENCE), patron.bad
     assert box.stop() == 0
 
 
-def test_one_that_cannot_start_is_tried_again_for_ever_and_the_others_serve(tmp_path):
+@pytest.mark.parametrize("more", [0, pytest.param(2, marks=LONG)])
+def test_one_that_cannot_start_is_tried_again_for_ever_and_the_others_serve(tmp_path, more):
     """A limit that was set too low, a folder that is gone: whatever it is, it may pass."""
     with Box(tmp_path / "data", workers="2") as box:
-        await_true(lambda: " serving " in box.log(), 5, "it has no log")
+        await_true(lambda: " serving " in box.log(), PATIENCE, "it has no log")
+        assert count_listening(box.auth_port) == 2
         # Inherited by each child, which opens the lock file before it raises its soft limit to the hard one.
         soft, hard = resource.prlimit(box.process.pid, resource.RLIMIT_NOFILE)
         resource.prlimit(box.process.pid, resource.RLIMIT_NOFILE, (3, hard))
         os.kill(box.pids()[1], signal.SIGKILL)
-        await_true(lambda: box.log().count("worker.died") > 12, 60, "it is not tried again")
+# After the eleventh it is tried every five seconds, and until then nobody listens on its socket.
+        await_true(lambda: count_listening(box.auth_port) == 1, 2 * PATIENCE, "connections are sent to it")
+        many = box.log().count("worker.died") + more
+        await_true(lambda: box.log().count("worker.died") >= max(many, 11), PATIENCE, "it is not tried again")
         assert box.process.poll() is None and "status=0" not in box.log() and box.admin_token()
         for _ in range(24):  # none of which waits for it
-            assert box.call(box.auth_port, "GET", "/ping", timeout=3).status == 200
+            assert box.call(box.auth_port, "GET", "/ping", timeout=PATIENCE).status == 200
         resource.prlimit(box.process.pid, resource.RLIMIT_NOFILE, (soft, hard))
-        await_true(lambda: len(box.pids()) == 4, 20, "it stays away")
+        await_true(lambda: len(box.pids()) == 4, PATIENCE, "it stays away")
         for _ in range(12):
             assert box.token().status == 200
         assert box.stop() == 0
@@ -163,7 +188,7 @@ def test_a_child_that_ends_is_replaced_by_whomever_we_were_started(tmp_path):
     with contextlib.closing(box.output):
         pids = box.pids()
         os.kill(pids[1], signal.SIGKILL)
-        await_true(lambda: len(set(box.pids()) - set(pids)) == 1, 5, "nobody is in its place")
+        await_true(lambda: len(set(box.pids()) - set(pids)) == 1, PATIENCE, "nobody is in its place")
         assert box.token().status == 200 and box.stop() == 0
 
 
@@ -174,7 +199,7 @@ def test_one_that_is_stopped_does_not_outlive_its_supervisor(tmp_path):
         assert box.kill(), "somebody is left"
         box.start()
         for _ in range(24):
-            assert box.call(box.auth_port, "GET", "/ping", timeout=3).status == 200
+            assert box.call(box.auth_port, "GET", "/ping", timeout=PATIENCE).status == 200
 
 
 def test_after_thousands_of_replacements_one_still_begins(monkeypatch):
@@ -258,7 +283,7 @@ def test_a_child_listens_on_its_own_socket_alone(box):
     assert sorted(map(list, roles)) == sorted([[box.auth_port], [box.auth_port], [box.admin_port]])
     for pid, ports in zip(box.pids()[1:], roles, strict=True):
         own = 2 if box.admin_port in ports else 1  # ADMIN listens on a Unix socket as well
-        await_true(lambda: links_of(pid) == own, 5, "more than the one it listens on")
+        await_true(lambda: links_of(pid) == own, PATIENCE, "more than the one it listens on")
 
 
 def test_what_was_queued_when_the_supervisor_was_killed_is_written(box):
@@ -276,14 +301,16 @@ def test_what_was_queued_when_the_supervisor_was_killed_is_written(box):
 
 def test_a_stall_of_the_whole_process_fails_no_request_that_had_come(tmp_path):
     """The time in which nobody could be heard does not count."""
-    with Box(tmp_path / "data", workers="1") as box:
+    seconds = 4
+    change = f"import functools\nprocesses.Limits = functools.partial(processes.Limits, request_seconds={seconds})"
+    with hasty(tmp_path / "data", change, workers="1") as box:
         (pid,) = box.pids()[1:2]
-        with socket.create_connection(("127.0.0.1", box.auth_port), 5) as sock:
+        with socket.create_connection(("127.0.0.1", box.auth_port), PATIENCE) as sock:
             sock.sendall(b"GET /ping HTTP/1.1\r\nHo")
             time.sleep(0.3)
             stop(pid)
             sock.sendall(b"st: localhost\r\n\r\n")
-            time.sleep(Limits().request_seconds + 1)
+            time.sleep(seconds + 1)
             os.kill(pid, signal.SIGCONT)
             assert b" 200 " in sock.recv(65536)
 
@@ -293,14 +320,14 @@ class TestLog:
 
     def refused(self, box, many):
         for _ in range(many):
-            with socket.create_connection(("127.0.0.1", box.auth_port), 5) as sock:
+            with socket.create_connection(("127.0.0.1", box.auth_port), PATIENCE) as sock:
                 sock.sendall(b"GET /" + b"x" * 900 + b"\r\n\r\n")
                 sock.recv(100)
 
     def serves(self, box):
         for port in (box.auth_port, box.admin_port):
             for _ in range(12):
-                assert box.call(port, "GET", "/ping", timeout=3).status == 200
+                assert box.call(port, "GET", "/ping", timeout=PATIENCE).status == 200
 
     @pytest.mark.parametrize("workers", ["2", "0"])
     def test_a_console_that_nobody_reads(self, tmp_path, workers):
@@ -323,7 +350,7 @@ class TestLog:
             known = set(box.pids())
             if workers == "2":
                 os.kill(box.pids()[1], signal.SIGKILL)
-                await_true(lambda: set(box.pids()) - known, 5, "the supervisor waits, too")
+                await_true(lambda: set(box.pids()) - known, PATIENCE, "the supervisor waits, too")
             assert box.stop() == 0
         finally:
             if box.process.poll() is None:
@@ -341,25 +368,28 @@ class TestLog:
         path.unlink()
 
 
-def test_a_process_that_hangs_is_replaced_and_those_that_go_on_are_not(box):
-    supervisor, *children = box.pids()
-    stopped = {children[0], children[-1]}  # a worker and ADMIN
-    for pid in stopped:
-        stop(pid)
-    # Four of which, most likely, some wait at the one that hangs: they are served by the one in its place.
-    with contextlib.ExitStack() as stack:
-        waiting = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
-            for port in (box.auth_port,) * 4 + (box.admin_port,)
-        ]
-        for sock in waiting:
-            sock.settimeout(2 * STUCK_SECONDS)
-            sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        for sock in waiting:
-            assert b" 200 " in sock.recv(65536)
-    await_true(lambda: box.log().count("worker.stuck") == 2 and len(box.pids()) == 4, 10, "one of them is left")
-    now = box.pids()
-    assert now[0] == supervisor and not stopped & set(now) and children[1] in now
+def test_a_process_that_hangs_is_replaced_and_those_that_go_on_are_not(tmp_path):
+    with hasty(tmp_path / "data", f"processes.STUCK_SECONDS = {STUCK_SECONDS // 4}", workers="2") as box:
+        supervisor, *children = box.pids()
+        stopped = {children[0], children[-1]}  # a worker and ADMIN
+        for pid in stopped:
+            stop(pid)
+        # Four of which, most likely, some wait at the one that hangs: they are served by the one in its place.
+        with contextlib.ExitStack() as stack:
+            waiting = [
+                stack.enter_context(socket.create_connection(("127.0.0.1", port), PATIENCE))
+                for port in (box.auth_port,) * 4 + (box.admin_port,)
+            ]
+            for sock in waiting:
+                sock.settimeout(2 * STUCK_SECONDS)
+                sock.sendall(b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            for sock in waiting:
+                assert b" 200 " in sock.recv(65536)
+        await_true(
+            lambda: box.log().count("worker.stuck") == 2 and len(box.pids()) == 4, PATIENCE, "one of them is left"
+        )
+        now = box.pids()
+        assert now[0] == supervisor and not stopped & set(now) and children[1] in now
 
 
 def test_what_one_changed_that_died_before_it_could_say_so_is_known_to_all():
@@ -370,7 +400,7 @@ def test_what_one_changed_that_died_before_it_could_say_so_is_known_to_all():
     if not pid:
         os._exit(0)
     supervisor.children[pid] = (0, time.monotonic())
-    assert await_true(lambda: list(supervisor.reap()), 5, "it is not reaped") and startup.generation.read() != before
+    assert await_true(lambda: list(supervisor.reap()), PATIENCE, "it is not reaped") and startup.generation.read() != before
 
 
 def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
@@ -411,6 +441,11 @@ def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
             generation.beat()
             look(after=1.0)
     assert killed[1:] == [(103, signal.SIGKILL), (104, signal.SIGKILL)], "one that never begins hangs, too"
+
+
+def count_listening(port):
+    rows = (line.split() for line in open("/proc/net/tcp").read().splitlines()[1:])
+    return sum(row[3] == "0A" and row[1].endswith(f":{port:04X}") for row in rows)
 
 
 def sockets_listening(pid):
