@@ -614,6 +614,7 @@ DRIVER = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from appliance import upgrade
+upgrade.check_program = lambda *_: {version!r}  # seconds, before anything changes: TestRefused
 def die(name):
     if name == {step!r}:
         if not {is_guarded}:
@@ -652,11 +653,11 @@ class TestAKillInTheMiddle:
             box.start(wait=False)
         if is_started:
             self.await_answer(box, bearer)
-        again = upgrade(box, releases("good"), "--unsigned", "--no-backup")
+        again = self.drive(box, releases("good"))
         if "run this again" in again.stdout:
             self.await_answer(box, bearer)
             assert version(box) in (VERSION, NEW)
-            again = upgrade(box, releases("good"), "--unsigned", "--no-backup")
+            again = self.drive(box, releases("good"))
         assert again.returncode == 0 and version(box) == NEW and left_over(box) == [], again
         assert box.admin("GET", "/users", bearer=bearer).status == 200
 
@@ -680,15 +681,18 @@ class TestAKillInTheMiddle:
 
     def kill(self, box, source, step, is_guarded):
         """Kill an upgrade at a step. Its output ends with what it has left behind."""
-        driver = DRIVER.format(
-            root=str(ROOT), step=step, archive=str(box.archive), source=str(source), is_guarded=is_guarded,
-            wait=4 if "not-ready" in source.name else 20,
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", driver], cwd=box.folder, env=box.environ, capture_output=True, text=True, timeout=120,
-        )
+        done = self.drive(box, source, step, is_guarded)
         assert done.returncode == -signal.SIGKILL, done
         return done
+
+    def drive(self, box, source, step="", is_guarded=True):
+        driver = DRIVER.format(
+            root=str(ROOT), step=step, archive=str(box.archive), source=str(source), is_guarded=is_guarded, version=NEW,
+            wait=4 if "not-ready" in source.name else 20,
+        )
+        return subprocess.run(
+            [sys.executable, "-c", driver], cwd=box.folder, env=box.environ, capture_output=True, text=True, timeout=120,
+        )
 
     def await_unlocked(self, box):
         """Wait until what worked on the data has ended with the upgrade."""
