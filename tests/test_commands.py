@@ -1,6 +1,7 @@
 """The command line: exit statuses, usage."""
 
 import concurrent.futures
+import contextlib
 import functools
 import os
 import re
@@ -161,14 +162,15 @@ class TestLimits:
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_the_least_is_enough_to_serve(self, tmp_path, workers, monkeypatch):
-        with Box(tmp_path, workers=workers) as box:
-            box.stop()
-            limits = ((resource.RLIMIT_NOFILE, (256, 256)), (resource.RLIMIT_AS, (512 << 20, 512 << 20)))
-            start = functools.partial(subprocess.Popen, preexec_fn=lambda: [resource.setrlimit(*limit) for limit in limits])
-            monkeypatch.setattr(subprocess, "Popen", start)
+        box = Box(tmp_path, workers=workers).set_up()
+        limits = ((resource.RLIMIT_NOFILE, (256, 256)), (resource.RLIMIT_AS, (512 << 20, 512 << 20)))
+        start = functools.partial(subprocess.Popen, preexec_fn=lambda: [resource.setrlimit(*limit) for limit in limits])
+        monkeypatch.setattr(subprocess, "Popen", start)
+        with contextlib.ExitStack() as stack:
+            stack.callback(box.__exit__)
             box.start()
-            with concurrent.futures.ThreadPoolExecutor(24) as pool:
-                assert {answer.status for answer in pool.map(lambda _: box.token(), range(240))} == {200}
+            pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(24))
+            assert {answer.status for answer in pool.map(lambda _: box.token(), range(240))} == {200}
 
     def test_other_commands_need_less(self, tmp_path):
         box = Box(tmp_path).set_up()

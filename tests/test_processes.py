@@ -18,7 +18,7 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
-from box import PROGRAM, Box
+from box import PROGRAM, Box, runs
 from conftest import in_child, left, under_way
 from appliance.base import StartupError
 from appliance.base.clock import Timekeeper
@@ -335,8 +335,8 @@ class TestStopping:
     def test_ctrl_c_ends_all_of_the_terminals_group(self, box):
         pids = box.pids()
         os.killpg(box.process.pid, signal.SIGINT)
-        assert box.process.wait(6) == 0
-        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+        assert box.process.wait(30) == 0
+        assert not any(map(runs, pids))
 
 
 def open_store(box):
@@ -377,7 +377,10 @@ class TestKilling:
             while len(box.pids()) < 4 or victim in box.pids():
                 assert time.monotonic() < end
                 time.sleep(0.01)
-            time.sleep(0.5)
+            served, end = load.good, time.monotonic() + 60
+            while load.good <= served + 100:
+                assert time.monotonic() < end
+                time.sleep(0.01)
         # Only what the victim had in hand can fail: at most one request a connection.
         assert len(load.bad) <= 4 and load.good > 100
         assert all(box.token().status == 200 for _ in range(20))
@@ -452,9 +455,10 @@ class TestKilling:
 
 
 class TestRaces:
+    @pytest.mark.parametrize("rounds", [40, pytest.param(400, marks=pytest.mark.long)])
     @pytest.mark.parametrize("grace, beside", [(0, False), (30, False), (30, True)])
-    def test_one_refresh_token_is_spent_once_by_two_processes(self, tmp_path, grace, beside):
-        """200 rounds of 32 at once. Without a grace one wins and the login ends; with one, all get its successor.
+    def test_one_refresh_token_is_spent_once_by_two_processes(self, tmp_path, grace, beside, rounds):
+        """Rounds of 32 at once. Without a grace one wins and the login ends; with one, all get its successor.
 
         If half of them present the successor, the login lives exactly if every retry came before its first use.
         """
@@ -467,7 +471,7 @@ class TestRaces:
 
             def ask(path, form):
                 if not hasattr(local, "connection"):
-                    local.connection = http.client.HTTPConnection("127.0.0.1", box.auth_port, timeout=30)
+                    local.connection = http.client.HTTPConnection("127.0.0.1", box.auth_port, timeout=60)
                 body = urlencode(form | {"client_id": box.client[0], "client_secret": box.client[1]})
                 local.connection.request("POST", path, body, {"Content-Type": "application/x-www-form-urlencoded"})
                 response = local.connection.getresponse()
@@ -480,7 +484,7 @@ class TestRaces:
                 return ask("/introspect", {"token": answer[1]["access_token"]})[1]["active"]
 
             token = box.log_in("ann").json["refresh_token"]
-            for _ in range(200):
+            for _ in range(rounds):
                 if beside or not grace:
                     token = box.log_in("ann").json["refresh_token"]
                 crowd = [token] * 32
@@ -571,7 +575,7 @@ class TestTrouble:
                 assert box.auth("/revoke", {"token": token}, client=box.client).status == 503
                 assert box.auth("/jwks.json").status == 200 and box.auth("/me", bearer=token).status == 200
                 (folder / "filler").unlink()
-                end = time.monotonic() + 8
+                end = time.monotonic() + 30
                 while box.token().status != 200:
                     assert time.monotonic() < end
                     time.sleep(0.1)
