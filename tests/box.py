@@ -116,7 +116,7 @@ class Box:
         self.client = (said["client_id"], said["client_secret"])
         return self
 
-    def run(self, *words, input=None, timeout=60, **environ):
+    def run(self, *words, input=None, timeout=120, **environ):
         return subprocess.run(
             [*PROGRAM, *words], cwd=self.folder, env=self.environ | environ, input=input, capture_output=True,
             text=True, timeout=timeout,
@@ -138,7 +138,7 @@ class Box:
             self.await_ready()
         return self
 
-    def await_ready(self, seconds=15):
+    def await_ready(self, seconds=60):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             assert self.process.poll() is None, self.said()
@@ -153,7 +153,7 @@ class Box:
 
     def stop(self, number=signal.SIGTERM):
         self.process.send_signal(number)
-        status = self.process.wait(10)
+        status = self.process.wait(60)
         self.output.close()
         return status
 
@@ -163,7 +163,7 @@ class Box:
         self.process.kill()
         self.process.wait(10)
         self.output.close()
-        end = time.monotonic() + 5
+        end = time.monotonic() + 30
         while any(map(runs, pids[1:])) and time.monotonic() < end:
             time.sleep(0.01)
         return not any(map(runs, pids[1:]))
@@ -181,7 +181,7 @@ class Box:
         path = self.folder / "microauthd.log"
         return path.read_text() if path.exists() else ""
 
-    def call(self, port, method, path, form=None, *, client=None, bearer=None, json_body=None, timeout=15):
+    def call(self, port, method, path, form=None, *, client=None, bearer=None, json_body=None, timeout=60):
         if self.tls:
             connection = http.client.HTTPSConnection("localhost", port, timeout=timeout, context=self.tls)
         else:

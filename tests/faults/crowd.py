@@ -212,6 +212,7 @@ class Crowd:
         self.port, self.sources, self.tls = port, itertools.cycle(sources), tls
         self.lock, self.ending = threading.Lock(), threading.Event()
         self.sockets, self.threads, self.answers, self.lost = [], [], [], []
+        self.sent = 0
 
     def __enter__(self):
         return self
@@ -298,14 +299,14 @@ class Crowd:
         """Send so many of these a second, whether they are answered or not; answers are taken as they come."""
 
         def run():
-            waiting, events, began, sent = {}, select.poll(), time.monotonic(), 0
+            waiting, events, began = {}, select.poll(), time.monotonic()
             while waiting or not self.ending.is_set():
-                while not self.ending.is_set() and sent < rate * (time.monotonic() - began):
+                while not self.ending.is_set() and self.sent < rate * (time.monotonic() - began):
                     sock = self.connect()
                     sock.sendall(next(requests))
                     waiting[sock.fileno()] = sock
                     events.register(sock, select.POLLIN)
-                    sent += 1
+                    self.sent += 1
                 found = events.poll(5)
                 for fd, _ in found:
                     events.unregister(fd)
@@ -315,7 +316,6 @@ class Crowd:
                             self.answers.append(int(said[9:12]) if said else None)
                         except OSError as error:
                             self.lost.append(repr(error))
-            self.sent = sent
 
         self.go(run)
 

@@ -80,8 +80,11 @@ def warm(box):
 
 
 @contextlib.contextmanager
-def unharmed(box, room=CALM, p99=1.0):
-    """Whatever goes on inside: patrons are answered in time, memory is bounded, and afterwards the box is as before."""
+def unharmed(box, seconds, room=CALM):
+    """Whatever goes on inside: patrons are answered in time, memory is bounded, and afterwards the box is as before.
+
+    How fast they are answered is measured by the long run, with nothing beside it.
+    """
     began = [descriptors(pid) for pid in box.pids()]
     patrons = [Service(box, pause=0.005), Service(box, fresh=True, pause=0.005), Administrator(box)]
     with contextlib.ExitStack() as stack:
@@ -89,16 +92,20 @@ def unharmed(box, room=CALM, p99=1.0):
         for patron in patrons:
             stack.enter_context(patron)
         yield
+        await_true(
+            lambda: all(len(patron.times) >= least for patron, least in zip(patrons, (10, 10, 1))), 60,
+            "somebody is not served any more",
+        )
     for patron in patrons:
         assert not patron.bad, (type(patron).__name__, len(patron.bad), len(patron.times), patron.bad[:3])
     for patron in patrons[:2]:
-        assert patron.p99() < p99, (patron.fresh, patron.p99())
-    assert patrons[2].times and max(patrons[2].times) < 5, "ADMIN is held up"
+        assert patron.p99() < (1 if seconds > 20 else 10), (patron.fresh, patron.p99())
+    assert max(patrons[2].times) < (5 if seconds > 20 else 15), "ADMIN is held up"
     assert memory.most < room, f"{memory.most} KiB"
     # Nothing is kept of a crowd that has gone. SQLite keeps what a thread that has ended had open until another needs it.
     slack = 24 if room == CALM else 100
     await_true(
-        lambda: all(descriptors(pid) <= before + slack for pid, before in zip(box.pids(), began)), 8,
+        lambda: all(descriptors(pid) <= before + slack for pid, before in zip(box.pids(), began)), 30,
         (began, [descriptors(pid) for pid in box.pids()]),
     )
 
@@ -114,7 +121,7 @@ class TestSlowClients:
     @pytest.mark.parametrize("port", ["auth_port", "admin_port"])
     @pytest.mark.parametrize("seconds", SECONDS)
     def test_2000_half_sent_requests(self, box, sources, port, seconds):
-        with unharmed(box), Crowd(getattr(box, port), sources) as crowd:
+        with unharmed(box, seconds), Crowd(getattr(box, port), sources) as crowd:
             for half in self.HALVES:
                 crowd.hold(400, half)
             assert crowd.living() == 2000, "who turns these away turns others away, too"
@@ -124,7 +131,7 @@ class TestSlowClients:
     @pytest.mark.parametrize("seconds", SECONDS)
     def test_a_byte_a_second(self, box, sources, seconds):
         """Those that say something all the time have no more time than those that say nothing."""
-        with unharmed(box), Crowd(box.auth_port, sources) as crowd:
+        with unharmed(box, seconds), Crowd(box.auth_port, sources) as crowd:
             crowd.hold(300, b"POST /token HTTP/1.1\r\nHost: box\r\nContent-Length: 60000\r\n\r\n")
             crowd.hold(300, b"GET /ping HTTP/1.1\r\nHost: box\r\nX: ")
             crowd.drip(b"x=1&", min(1, seconds / 3))
@@ -362,10 +369,11 @@ class TestBombs:
     @SOURCES
     @pytest.mark.parametrize("seconds", SECONDS)
     def test_all_of_them_at_once(self, box, bombs, sources, seconds):
-        with unharmed(box, room=ROOM), Crowd(box.auth_port, sources) as crowd:
+        with unharmed(box, seconds, room=ROOM), Crowd(box.auth_port, sources) as crowd:
             crowd.keep_sending(itertools.cycle(octets for octets, _ in bombs.values()), threads=4)
             time.sleep(seconds)
-        assert len(crowd.answers) > 30 and None not in crowd.answers and max(crowd.answers) < 500, (
+            await_true(lambda: len(crowd.answers) > 30, 60, "they are not answered")
+        assert None not in crowd.answers and max(crowd.answers) < 500, (
             len(crowd.answers), set(crowd.answers),
         )
         assert not crowd.lost, crowd.lost[:3]
@@ -377,7 +385,7 @@ class TestTls:
     @SOURCES
     @pytest.mark.parametrize("seconds", SECONDS)
     def test_200_handshakes_that_never_end(self, sealed, sources, seconds):
-        with unharmed(sealed), Crowd(sealed.auth_port, sources) as crowd:
+        with unharmed(sealed, seconds), Crowd(sealed.auth_port, sources) as crowd:
             crowd.hold(50, b"")
             crowd.hold(50, b"\x16")
             crowd.hold(50, self.HELLO)
@@ -401,7 +409,7 @@ class TestTls:
             self.whole_hello(), b"\x16\x03\x01\x00\x02\x01\x00", b"GET /ping HTTP/1.1\r\nHost: localhost\r\n\r\n",
             bytes(5000), self.HELLO + bytes(600),
         ]
-        with unharmed(sealed), Crowd(sealed.auth_port, ELSEWHERE) as crowd:
+        with unharmed(sealed, seconds), Crowd(sealed.auth_port, ELSEWHERE) as crowd:
 
             def run():
                 for octets in itertools.cycle(requests):
@@ -446,16 +454,17 @@ class TestGuesses:
         )
         assert made.status == 200, made
         warm(box)
-        with unharmed(box, room=ROOM), Crowd(box.auth_port, sources) as crowd:
+        with unharmed(box, seconds, room=ROOM), Crowd(box.auth_port, sources) as crowd:
             # More than is hashed in a second: those who come new stand in line with them, those who are known do not.
             crowd.fire(wrong_secrets(itertools.repeat(box.client[0]) if which == "one client" else names()), 400)
             time.sleep(seconds / 2)
             if which == "one client" or sources is ELSEWHERE:
                 self.gets_in(
-                    box, new, 8
+                    box, new, 8 if seconds > 20 else 60
                 )  # else nothing tells it from those who guess: it may have to come again for long
             time.sleep(seconds / 2)
-        assert set(crowd.answers) <= {401, 429} and crowd.sent > 200 * seconds, (crowd.sent, set(crowd.answers))
+            await_true(lambda: crowd.sent > 200 * seconds, 60 if seconds < 20 else 0, "this machine cannot send as many")
+        assert set(crowd.answers) <= {401, 429}, set(crowd.answers)
         assert not crowd.lost, crowd.lost[:3]
 
     def gets_in(self, box, client, seconds):
@@ -479,8 +488,9 @@ class TestGuesses:
             )
             for name in names()
         )
-        with unharmed(box, room=ROOM), Crowd(box.auth_port, ELSEWHERE) as crowd:
+        with unharmed(box, seconds, room=ROOM), Crowd(box.auth_port, ELSEWHERE) as crowd:
             crowd.keep_sending(requests, threads=64)
             time.sleep(seconds)
+            await_true(lambda: 403 in crowd.answers, 60, "no login is answered")
         assert set(crowd.answers) <= {403, 429} and 403 in crowd.answers, set(crowd.answers)
         assert not crowd.lost, crowd.lost[:3]
