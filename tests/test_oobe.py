@@ -41,7 +41,6 @@ TERMINAL = ("LANG", "LC_ALL", "LC_CTYPE", "NO_COLOR", "TERM", "LINES", "COLUMNS"
 ENVIRON = (
     {name: value for name, value in os.environ.items() if not name.startswith("MAD_") and name not in TERMINAL}
     | CHEAP
-    | {"PYTHONDONTWRITEBYTECODE": "1"}
 )
 WHOLE = {"mad.conf", "mad.db3", "token.pem", "admin_token.pem", "seal.key"}
 ALL = "\x01\x0b"  # goes to the start of the line and clears it
@@ -130,7 +129,7 @@ def hashes_of_a_box(folder):
 class TestWizard:
     """Each answer is checked at once, and nothing is written before the last one."""
 
-    @pytest.mark.parametrize("term", ["dumb", "vt100", "linux"])
+    @pytest.mark.parametrize("term", ["dumb", "linux", pytest.param("vt100", marks=pytest.mark.long)])
     def test_the_quick_path(self, tmp_path, term):
         console = Console(tmp_path, term=term)
         console.answers(QUICK)
@@ -284,7 +283,13 @@ class TestWizard:
             9999, PHRASE, False, "other.db3",
         )
 
-    @pytest.mark.parametrize("term, keys", [("vt100", "\x03"), ("vt100", "\x04"), ("dumb", "\x03\x04")])
+    @pytest.mark.parametrize(
+        "term, keys",
+        [
+            ("vt100", "\x03\x04"), ("dumb", "\x03\x04"),
+            *(pytest.param("vt100", key, marks=pytest.mark.long) for key in "\x03\x04"),
+        ],
+    )
     def test_leaving_at_any_question_leaves_nothing(self, tmp_path, term, keys):
         folders = [tmp_path / str(number) for number in range(len(QUICK))]
         for folder in folders:
@@ -301,7 +306,7 @@ class TestWizard:
             assert "nothing was written" in console.text.lower()
             assert not COLOUR.search(console.text)
 
-    @pytest.mark.parametrize("term", ["dumb", "vt100"])
+    @pytest.mark.parametrize("term", ["vt100", pytest.param("dumb", marks=pytest.mark.long)])
     def test_no_at_the_review_asks_again_with_the_answers_as_proposals(self, tmp_path, term):
         console = Console(tmp_path, "--quick", term=term)
         console.answers((*DATABASE, *QUICK[4:-1], ("Set it up?", "n"), ("Database file?", "")))
@@ -403,7 +408,7 @@ class TestWizard:
         assert (tmp_path / "taken.svg").read_text() == "another's"
         assert log_in(tmp_path, totp=pyotp.TOTP(seed).at(int(time.time()) + 30))[1].username == "admin"
 
-    @pytest.mark.parametrize("term", ["dumb", "vt100"])
+    @pytest.mark.parametrize("term", ["vt100", pytest.param("dumb", marks=pytest.mark.long)])
     def test_a_box_for_the_network_has_a_name_and_makes_its_certificate(self, tmp_path, term):
         (tmp_path / "mad.conf").write_text("docker = true\nauth-ip = 0.0.0.0\nauth-insecure-http = true\n")
         console = Console(tmp_path, "--quick", term=term)
@@ -512,7 +517,7 @@ class TestGuided:
         assert asked == {option.name for option in OPTIONS if option.ask} | set(oobe.EXTRA_QUESTIONS)
         assert set(oobe.ADVISED_RANGES) <= asked and set(oobe.CONDITIONS) <= asked
 
-    @pytest.mark.parametrize("term", ["dumb", "vt100"])
+    @pytest.mark.parametrize("term", ["vt100", pytest.param("dumb", marks=pytest.mark.long)])
     def test_the_whole_path(self, tmp_path, term):
         certificate(tmp_path / "admin.pem", "opens the certificate")
         console = Console(tmp_path, "--config", "box.conf", term=term)
