@@ -238,7 +238,7 @@ class TestJourneys:
         page.keyboard.press("Enter")
         assert arrived(page, application)["code"]
 
-    @pytest.mark.parametrize("pause", [0, 10, 40, 100])
+    @pytest.mark.parametrize("pause", [0, 40, *(pytest.param(pause, marks=pytest.mark.long) for pause in (10, 100))])
     def test_a_form_that_is_sent_twice_leads_where_it_led_once(self, box, visit, with_totp, application, pause):
         """A double click: the browser gives the first answer up, perhaps with its cookies, for the second."""
         page, (name, seed) = visit(), with_totp()
@@ -489,7 +489,10 @@ class TestJourneys:
 
 
 class TestEveryScreen:
-    @pytest.mark.parametrize("width, scheme", [(320, "light"), (320, "dark"), (900, "dark"), (2560, "light")])
+    @pytest.mark.parametrize(
+        "width, scheme",
+        [(320, "dark"), (900, "dark"), (2560, "light"), pytest.param(320, "light", marks=pytest.mark.long)],
+    )
     def test_narrow_and_dark(self, visit, person, with_totp, application, width, scheme):
         page, (name, seed) = visit("third", width=width, scheme=scheme), with_totp()
         look(page, f"{scheme}-sign_in")

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from box import Box
 from playwright.sync_api import expect
-from test_console_browser import confirm, console, look_around, shoot, sign_in, visit  # noqa: F401 – fixtures
+from test_console_browser import LOOKS, confirm, console, look_around, shoot, sign_in, visit  # noqa: F401 – fixtures
 
 
 @pytest.fixture(scope="module")
@@ -411,9 +411,7 @@ PLACES = [
 
 
 class TestLooks:
-    @pytest.mark.parametrize(
-        "width, scheme, locale", [(320, "dark", "de-DE"), (1280, "light", "en-GB"), (2560, "dark", "en-GB")]
-    )
+    @pytest.mark.parametrize("width, scheme, locale", LOOKS)
     def test_every_place_fits_and_axe_finds_nothing_serious(self, visit, box, width, scheme, locale):  # noqa: F811
         box.token()
         box.log_in("ann", scope="openid offline_access")
