@@ -161,7 +161,7 @@ class Box:
         """kill -9 of the supervisor; its children end by themselves."""
         pids = self.pids()
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
         self.output.close()
         end = time.monotonic() + 30
         while any(map(runs, pids[1:])) and time.monotonic() < end:

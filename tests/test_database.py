@@ -337,7 +337,7 @@ class TestWriting:
 
             thread = threading.Thread(target=write, daemon=True)
             thread.start()
-            thread.join(3)
+            thread.join(30)
         finally:
             store.write_lock.release()
         assert entered == ["too many wait to write"]
@@ -571,7 +571,7 @@ class TestGroups:
         monkeypatch.setattr(store, "expecting", lambda: True)
         runner.start()
         for each in (runner, thread):
-            each.join(10)
+            each.join(60)
         assert ended == [[None] * 2] and self.written(idp) == [0, 9]
 
     @pytest.mark.parametrize("where", ["join", "finish_group"])
@@ -676,7 +676,7 @@ class TestGroups:
         store.expecting = lambda: True
         thread = threading.Thread(target=store.put_meta, args=("name", 1), daemon=True)
         thread.start()
-        thread.join(10)
+        thread.join(60)
         assert not thread.is_alive() and store.said.count("COMMIT") == 1 and store.group is None
 
     def test_whatever_ends_the_wait_the_group_is_committed(self, idp, store):
@@ -766,7 +766,7 @@ class TestGroups:
             time.sleep(0.001)
         store.enqueue(("0" * 32, "service", "", 1, 2), None)
         store.flush()
-        thread.join(10)
+        thread.join(60)
         assert self.written(idp) == [1] and idp.store.value("SELECT count(*) FROM session") == 1 and store.writable
 
     def test_a_process_that_waits_for_its_turn_is_next(self, idp):

@@ -105,7 +105,7 @@ class TestJournal:
     def journal(self, tmp_path):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
             journal.bind(str(tmp_path / "journal"))
-            journal.settimeout(5)
+            journal.settimeout(30)
             yield journal
 
     @pytest.mark.parametrize(

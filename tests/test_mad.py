@@ -884,7 +884,7 @@ class TestTheSavedLogin:
         child = pexpect.spawn(
             sys.executable,
             ["-c", "import sys, mad; sys.exit(mad.main(sys.argv[1:]))", "session", "login", "--admin-url", fake.url],
-            cwd=str(ROOT), env=env, encoding="utf-8", timeout=10,
+            cwd=str(ROOT), env=env, encoding="utf-8", timeout=60,
         )
         child.expect("(?i)user")
         child.sendline("root")
@@ -1643,7 +1643,7 @@ class TestRoutes:
         }
         child = pexpect.spawn(
             sys.executable, [str(ROOT / "mad.py"), "user", "verify-password", "--id", "ann"], env=env, encoding="utf-8",
-            timeout=10,
+            timeout=60,
         )
         child.expect_exact("password: ")
         child.waitnoecho()
@@ -1667,7 +1667,7 @@ class TestConfirmation:
         def call(words, question=None, answer=""):
             fake.seen.clear()
             child = pexpect.spawn(
-                sys.executable, [str(ROOT / "mad.py"), *words.split()], env=env, encoding="utf-8", timeout=10
+                sys.executable, [str(ROOT / "mad.py"), *words.split()], env=env, encoding="utf-8", timeout=60
             )
             if question:
                 child.expect_exact(question)
@@ -1762,7 +1762,7 @@ class TestTerminal:
         )
         child = pexpect.spawn(
             self.MAD[0], [self.MAD[1], "session", "login", "--admin-url", fake.url, "--username", "root"], env=env,
-            encoding="utf-8", timeout=10,
+            encoding="utf-8", timeout=60,
         )
         child.expect_exact("password: ")
         child.waitnoecho()
@@ -1775,7 +1775,7 @@ class TestTerminal:
 
     def test_ctrl_c_is_silent(self, env):
         child = pexpect.spawn(
-            self.MAD[0], [self.MAD[1], "session", "login", "--username", "root"], env=env, encoding="utf-8", timeout=10
+            self.MAD[0], [self.MAD[1], "session", "login", "--username", "root"], env=env, encoding="utf-8", timeout=60
         )
         child.expect_exact("password: ")
         child.waitnoecho()
@@ -2038,7 +2038,7 @@ class TestTail:
         env = os.environ | {"HOME": str(tmp_path), "MAD_ADMIN_TOKEN": TOKEN, "MAD_ADMIN_URL": fake.url}
         child = pexpect.spawn(
             sys.executable, [str(ROOT / "mad.py"), "audit", "tail", "--interval", "600"], env=env, encoding="utf-8",
-            timeout=10,
+            timeout=60,
         )
         child.expect_exact("user_created")
         child.sendintr()

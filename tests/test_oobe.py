@@ -67,7 +67,7 @@ class Console:
         self.lines = term == "dumb"  # whole lines, as on a terminal that cannot move its cursor
         self.child = pexpect.spawn(
             PROGRAM[0], [PROGRAM[1], "setup", *words], cwd=folder, env=ENVIRON | {"TERM": term} | environ,
-            dimensions=(24, 80), encoding="utf-8", timeout=30,
+            dimensions=(24, 80), encoding="utf-8", timeout=90,
         )
         self.child.delaybeforesend = None
         self.child.ptyproc.delayafterclose = self.child.delayafterclose = 0.01
@@ -924,13 +924,13 @@ class TestUnattended:
             stderr=subprocess.STDOUT, text=True,
         )
         try:
-            deadline = time.monotonic() + 15
+            deadline = time.monotonic() + 60
             while not (tmp_path / "microauthd.log").exists() and time.monotonic() < deadline:
                 time.sleep(0.05)
             time.sleep(0.5)
         finally:
             server.terminate()
-            seen += server.communicate(timeout=15)[0]
+            seen += server.communicate(timeout=60)[0]
         seen += (tmp_path / "microauthd.log").read_text()
         assert "db-pass" in seen and len(seen) > 1000
         for secret in secrets:

@@ -71,7 +71,7 @@ class Load:
         while not self.ending.is_set():
             try:
                 if connection is None:
-                    connection = http.client.HTTPConnection("127.0.0.1", self.box.auth_port, timeout=10)
+                    connection = http.client.HTTPConnection("127.0.0.1", self.box.auth_port, timeout=60)
                     connection.connect()
                     used = False
             except OSError:
@@ -155,7 +155,7 @@ class TestStarting:
     def test_a_start_at_once_after_kill_9_waits_for_the_last_workers(self, box):
         for _ in range(3):
             os.kill(box.process.pid, signal.SIGKILL)
-            box.process.wait(10)
+            box.process.wait(60)
             box.start()
         assert {box.token().status for _ in range(20)} == {200}
 

@@ -146,7 +146,7 @@ class Terminal:
             for pid in others:
                 if session_of(pid) == shell:
                     kill(pid, number)
-            end = time.monotonic() + 15
+            end = time.monotonic() + 60
             while any(session_of(pid) == shell for pid in others) and time.monotonic() < end:
                 time.sleep(0.05)
         self.shell.close(force=True)

@@ -349,13 +349,13 @@ class Server:
         return numbers
 
     def await_served(self, numbers):
-        end = time.monotonic() + 10  # as the manual promises
+        end = time.monotonic() + 60  # the manual promises ten seconds, of a machine that is free
         while (found := self.served()) != numbers:
             assert time.monotonic() < end, (found, numbers, self.box.said())
             time.sleep(0.1)
 
     def await_log(self, event):
-        end = time.monotonic() + 10
+        end = time.monotonic() + 60
         while event not in self.box.log():
             assert time.monotonic() < end, self.box.said()
             time.sleep(0.1)

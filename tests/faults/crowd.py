@@ -125,7 +125,7 @@ class Patron(threading.Thread):
             else (http.client.HTTPConnection, {})
         )
         connection = kind(
-            "localhost" if self.box.tls else "127.0.0.1", self.port, timeout=20, source_address=(self.source, 0), **more
+            "localhost" if self.box.tls else "127.0.0.1", self.port, timeout=60, source_address=(self.source, 0), **more
         )
         connection.connect()
         connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -224,7 +224,7 @@ class Crowd:
         for sock in self.sockets:
             sock.close()
 
-    def connect(self, timeout=10):
+    def connect(self, timeout=30):
         with self.lock:
             source = next(self.sources)
         return socket.create_connection(("127.0.0.1", self.port), timeout, source_address=(source, 0))
@@ -269,7 +269,7 @@ class Crowd:
         self.threads.append(threading.Thread(target=run, daemon=True))
         self.threads[-1].start()
 
-    def send(self, octets, timeout=10):
+    def send(self, octets, timeout=30):
         """Send a request, as far as the server lets it be sent. The answer's status, None when there was none."""
         said = b""
         with self.connect(timeout) as sock:

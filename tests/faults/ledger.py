@@ -53,7 +53,7 @@ class Line:
         try:
             connection = self.connections.get(port)
             if connection is None:
-                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=15)
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
                 connection.connect()
                 connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 self.connections[port] = connection

@@ -31,7 +31,7 @@ def make(folder, **settings):
     for number in range(5):
         box.new_user(f"late{number}")
     os.killpg(box.process.pid, signal.SIGKILL)
-    box.process.wait(10)
+    box.process.wait(60)
     box.output.close()
     assert (folder / "mad.db3-wal").stat().st_size > 10 * 4096
     return box
@@ -82,7 +82,7 @@ def refuses(box, *words):
     """The start is refused: one sentence that has these words, status 1, and every file is as it was."""
     before = digests(box.folder)
     try:
-        done = box.run("serve", timeout=20)
+        done = box.run("serve", timeout=60)
     except subprocess.TimeoutExpired:
         raise AssertionError("it serves: " + box.said()) from None
     assert done.returncode == 1 and done.stderr.startswith("microauthd: ") and done.stderr.count("\n") == 1, done.stderr
@@ -248,7 +248,7 @@ class TestLog:
                 assert box.token().status == 200 and "Traceback" not in box.said()
             finally:
                 os.killpg(box.process.pid, signal.SIGKILL)
-                box.process.wait(10)
+                box.process.wait(60)
 
 
 KEY = {

@@ -436,7 +436,7 @@ class TestSync:
             spent = stock.line.refresh(stock.refresh[1])
             assert good(spent)
             os.killpg(box.process.pid, signal.SIGKILL)
-            box.process.wait(10)
+            box.process.wait(60)
         disk, is_lost = Disk(box.folder, box.base), False
         for entry in read_record(box.record):
             if entry.end > thrown and not is_lost:

@@ -32,7 +32,7 @@ class Run:
         try:
             self.load(rounds)
             os.killpg(box.process.pid, signal.SIGKILL)
-            box.process.wait(10)
+            box.process.wait(60)
             box.start()
             self.load(rounds)
             self.rotate()
@@ -44,7 +44,7 @@ class Run:
         finally:
             if box.process.poll() is None:
                 os.killpg(box.process.pid, signal.SIGKILL)
-                box.process.wait(10)
+                box.process.wait(60)
         self.ended = self.mark()
         self.entries = read_record(box.record)
         # Each cut is put where the box was: the journal of a set-up knows its files by their whole paths.
@@ -100,7 +100,7 @@ def again(run, at=None):
 def end(box):
     if box.process.poll() is None:
         os.killpg(box.process.pid, signal.SIGKILL)
-        box.process.wait(10)
+        box.process.wait(60)
     box.output.close()
 
 

@@ -588,7 +588,7 @@ def test_sigterm_under_load_answers_every_request_that_was_read(tmp_path, worker
             assert [said[:13] for said in late] == [b"HTTP/1.1 200 "] * 5, late
             # Who had nothing to ask is told by an end, not by a reset.
             assert [read_to_end(sock) for sock in (*crowd.sockets[:20], *idle.sockets)] == [b""] * 30
-            assert box.process.wait(10) == 0 and time.monotonic() - began < 5
+            assert box.process.wait(60) == 0 and time.monotonic() - began < (5 if rounds > 1 else PATIENCE)
             for patron in (*machines, *people):
                 patron.join()
                 assert not patron.bad and not patron.refused, (type(patron).__name__, patron.bad, patron.refused[:2])
@@ -623,14 +623,14 @@ def test_who_has_connected_before_the_stop_is_served(box, rounds):
                 said.append(read_to_end(sock)[:13])
                 sock.close()
         assert said == [b"HTTP/1.1 200 "] * 400, said.count(b"HTTP/1.1 200 ")
-        assert box.process.wait(10) == 0
+        assert box.process.wait(60) == 0
         box.output.close()
         assert rows(box)[0] == before + 400
 
 
 def read_to_end(sock):
     """All that the server says. Raises ConnectionResetError when it ends by a reset."""
-    sock.settimeout(5)
+    sock.settimeout(PATIENCE)
     said = b""
     while more := sock.recv(65536):
         said += more
