@@ -283,9 +283,9 @@ class TestPerson:
     def test_a_form_in_which_nothing_is_typed_follows_what_another_changed(self, room):
         room.make("followed")
         page = room("#/people/followed/profile")
-        room.box.call_admin("PUT", "/users/followed", {"email": "theirs@example.org"})
+        room.box.call_admin("PUT", "/users/followed", {"email": "followed@box.example"})
         page.evaluate("dispatchEvent(new Event('answering'))")  # as after the network was gone
-        expect(page.get_by_label("E-mail")).to_have_value("theirs@example.org")
+        expect(page.get_by_label("E-mail")).to_have_value("followed@box.example")
         page.get_by_label("User name").fill("Renamed ")
         page.get_by_role("button", name="Save").click()
         expect(page.get_by_role("heading", name="renamed")).to_be_visible()
