@@ -189,7 +189,8 @@ class TestPublicFiles:
 
 class TestSecrecy:
     def test_nothing_secret_is_in_log_output_or_other_files(self, box):
-        tokens = [box.token().json["access_token"], box.log_in("ann").json["refresh_token"]]
+        box.new_user("eve")
+        tokens = [box.token().json["access_token"], box.log_in("eve").json["refresh_token"]]
         box.auth("/token", REFRESH | {"refresh_token": "a-guess-at-a-refresh-token"}, client=box.client)
         secrets = [
             *tokens, box.client[1], box.PASSWORD, "correct horse battery", "a database phrase",
