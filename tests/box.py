@@ -32,7 +32,7 @@ def free_port():
 
 
 def runs(pid):
-    """Whether a process has not ended. One without a parent is a zombie until init waits for it, which may take seconds."""
+    """Whether a process has not ended. One without a parent is a zombie until init waits for it, perhaps for seconds."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"  # proc_pid_stat(5)
     except OSError:

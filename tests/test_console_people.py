@@ -366,5 +366,6 @@ PLACES = [
 
 class TestLooks:
     @pytest.mark.parametrize("width, scheme, locale", LOOKS)
-    def test_every_place_fits_and_axe_finds_nothing_serious(self, looked_at, visit, width, scheme, locale):  # noqa: F811
+    @pytest.mark.usefixtures("looked_at")
+    def test_every_place_fits_and_axe_finds_nothing_serious(self, visit, width, scheme, locale):  # noqa: F811
         look_around(visit, PLACES, width, scheme, locale)

@@ -271,7 +271,9 @@ class TestUnpacking:
         assert done.returncode == 0 and "unpacking it again" in done.stderr, done.stderr
         assert run("selftest", home=home).stderr == ""
 
-    @pytest.mark.parametrize("spares", [(0, 4, 8, 15), pytest.param(range(16), marks=pytest.mark.long)], ids=["some", "all"])
+    @pytest.mark.parametrize(
+        "spares", [(0, 4, 8, 15), pytest.param(range(16), marks=pytest.mark.long)], ids=["some", "all"]
+    )
     @pytest.mark.skipif(
         subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode != 0,
         reason="needs a mount namespace of its own",

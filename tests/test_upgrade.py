@@ -703,7 +703,8 @@ class TestAKillInTheMiddle:
             wait=4 if "not-ready" in source.name else 90,
         )
         return subprocess.run(
-            [sys.executable, "-c", driver], cwd=box.folder, env=box.environ, capture_output=True, text=True, timeout=300,
+            [sys.executable, "-c", driver], cwd=box.folder, env=box.environ, capture_output=True, text=True,
+            timeout=300,
         )
 
     def await_unlocked(self, box):

@@ -463,7 +463,7 @@ class TestGuesses:
                     box, new, 8 if seconds > 20 else 60
                 )  # else nothing tells it from those who guess: it may have to come again for long
             time.sleep(seconds / 2)
-            await_true(lambda: crowd.sent > 200 * seconds, 60 if seconds < 20 else 0, "this machine cannot send as many")
+            await_true(lambda: crowd.sent > 200 * seconds, 60 if seconds < 20 else 0, "this machine sends too few")
         assert set(crowd.answers) <= {401, 429}, set(crowd.answers)
         assert not crowd.lost, crowd.lost[:3]
 

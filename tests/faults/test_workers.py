@@ -37,7 +37,7 @@ def box(tmp_path):
 
 @contextlib.contextmanager
 def hasty(folder, change, **settings):
-    """A box that serves from the source, with a constant of appliance.processes changed: what it waits for comes sooner."""
+    """A box that serves from the source, with a constant of appliance.processes changed so that it waits less."""
     program = (
         f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom appliance import commands, processes\n{change}\n"
         "sys.exit(commands.main())"
@@ -72,7 +72,8 @@ def kill(box, pid):
     stop(pid)
     held = sockets_of(pid)
     os.kill(pid, signal.SIGKILL)
-    await_true(lambda: state_of(pid) in "ZX", PATIENCE, "it does not die")  # until then a request can still be sent to it
+    # Until then a request can still be sent to it.
+    await_true(lambda: state_of(pid) in "ZX", PATIENCE, "it does not die")
     return held, time.monotonic()
 
 
@@ -136,7 +137,7 @@ def test_each_process_in_turn_is_replaced_within_a_second_and_only_its_own_conne
             assert "answered" not in error, error
         assert len(patron.bad) <= kills
         # The long run measures, with nothing beside it; here others have the processors as well.
-        assert max(patron.times) < (3 if kills > 10 else PATIENCE), "who came while nobody was there waited, and was served"
+        assert max(patron.times) < (3 if kills > 10 else PATIENCE), "who came while nobody was there was served"
     assert max(took for _, took, _ in deaths) < (1 if kills > 10 else PATIENCE), [took for _, took, _ in deaths]
 
 
@@ -400,7 +401,8 @@ def test_what_one_changed_that_died_before_it_could_say_so_is_known_to_all():
     if not pid:
         os._exit(0)
     supervisor.children[pid] = (0, time.monotonic())
-    assert await_true(lambda: list(supervisor.reap()), PATIENCE, "it is not reaped") and startup.generation.read() != before
+    assert await_true(lambda: list(supervisor.reap()), PATIENCE, "it is not reaped")
+    assert startup.generation.read() != before
 
 
 def test_what_has_not_begun_or_was_stopped_with_its_supervisor_does_not_hang():
