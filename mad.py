@@ -1473,7 +1473,7 @@ class MadClient(ApiClient):
 
     def list_own_sessions(self) -> list[dict]:
         """GET /dashboard/sessions. Return [ConsoleSession]: the caller's own at the console, and logins for tokens."""
-        return self.request("GET", "/dashboard/sessions")
+        return self.request("GET", "/dashboard/sessions", expected=list)
 
     def end_own_session(self, id: str) -> dict:
         """DELETE /dashboard/sessions/{id}. Return Msg."""

@@ -10,6 +10,7 @@ import datetime
 import dis
 import hashlib
 import http.server
+import inspect
 import itertools
 import json
 import os
@@ -795,6 +796,22 @@ class TestAuthClient:
                 assert re.match(r"(GET|POST|PUT|DELETE) /", method.__doc__), name
                 hints = getattr(method, "pages", method).__annotations__
                 assert "return" in hints and "Return" in method.__doc__, name
+
+    def test_every_method_that_returns_a_list_takes_the_list_of_the_server(self, fake):
+        fake.answer = lambda method, path: (
+            200, b'{"id": "7"}\n' if "export" in path else [{"id": "7"}], {},
+        )
+        client, methods = mad.MadClient(fake.url, TOKEN), 0
+        for name, method in vars(mad.MadClient).items():
+            signature = callable(method) and inspect.signature(method)
+            if not name.startswith("_") and signature and "list[dict]" in str(signature.return_annotation):
+                words = [
+                    "x" for parameter in list(signature.parameters.values())[1:]
+                    if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+                ]
+                assert list(getattr(client, name)(*words)) == [{"id": "7"}], name
+                methods += 1
+        assert methods > 30
 
 
 # == MadClient ==================================================================
