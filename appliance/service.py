@@ -58,11 +58,19 @@ class Layout(msgspec.Struct, frozen=True):
 
 def check_layout(layout: Layout):
     """Raise StartupError unless the units can name these paths, and the server sees them behind ProtectHome=."""
-    for name, path in (("--prefix", layout.prefix), ("--data", layout.data), ("the Python", layout.python)):
-        if not re.fullmatch(r"(/[A-Za-z0-9_][A-Za-z0-9._-]*)+", path):
-            raise StartupError(f"{name} must be an absolute path of letters, digits, and . _ - only: {path!r}")
+    other = "; run this command by another Python, such as /usr/bin/python3"
+    for name, path, advice in (
+        ("--prefix", layout.prefix, ""), ("--data", layout.data, ""), ("the Python", layout.python, other),
+    ):
         if re.match(r"/(home|root|tmp|var/tmp|run|dev|proc|sys|etc)(/|$)", path):
-            raise StartupError(f"{name} cannot be {path}: the service does not see it there, or it does not last")
+            raise StartupError(
+                f"{name} cannot be {path}: the service does not see it there, or it does not last{advice}"
+            )
+        if not re.fullmatch(r"(/[A-Za-z0-9_][A-Za-z0-9._-]*)+", path):
+            raise StartupError(
+                f"{name} must be an absolute path of letters, digits, and . _ - only, with no name that begins with . "
+                f"or -: {path!r}{advice}"
+            )
     if os.path.commonpath([layout.prefix, layout.data]) in (layout.prefix, layout.data):
         raise StartupError("--prefix and --data must not lie in each other: the server may write to one alone")
     if not re.fullmatch(r"[a-z_][a-z0-9_-]{0,30}", layout.user) or layout.user == "root":
