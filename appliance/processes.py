@@ -1111,7 +1111,7 @@ def hold_database(path: str):
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pid = os.read(descriptor, 20).decode(errors="replace").strip() or "unknown"
-            raise StartupError(f"microauthd is running on {path} already, as process {pid}") from None
+            raise StartupError(f"microauthd is running on {path} already, as process {pid}: stop it first") from None
         try:
             os.pwrite(descriptor, (b"%d" % os.getpid()).ljust(20, b"\n"), 0)  # the mark of the log stands behind it
         except OSError as error:
