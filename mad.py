@@ -2694,7 +2694,8 @@ def help_noun(commands: tuple[Command, ...], noun: str) -> str:
 def describe_commands(commands: tuple[Command, ...]) -> list[tuple[str, str, str]]:
     """Return (usage, help, request) for each command; `request` is "" for a command without a request to ADMIN.
 
-    The usage omits the options that every list or every command has.
+    The usage omits the options that every list or every command has. What may be left out is in brackets, a secret too,
+    since it is asked for.
     """
     rows = []
     for command in commands:
@@ -2702,7 +2703,7 @@ def describe_commands(commands: tuple[Command, ...]) -> list[tuple[str, str, str
         for option in command.options:
             if option not in SERVER_OPTIONS and option not in LIST_OPTIONS:
                 text = " | ".join(left for left, _ in _option_forms(option))
-                parts.append(text if option.required and "|" not in text else f"[{text}]")
+                parts.append(text if option.required and option.kind != "secret" else f"[{text}]")
         request = (command.call.__doc__ or "").partition(". ")[0].partition(".\n")[0]
         rows.append((" ".join(parts), command.help,
                      request if request.startswith(("GET /", "POST /", "PUT /", "DELETE /")) else ""))

@@ -2247,6 +2247,22 @@ class TestEveryCommand:
         assert len(fake.seen) == 1, "one command is one request"
 
     @pytest.mark.parametrize(
+        "name, usage",
+        [
+            ("user get", "mad user get --id ID|NAME"),
+            (
+                "client check-uri",
+                "mad client check-uri --id ID|NAME --kind redirect|post_logout|cors_origin --uri URI",
+            ),
+            ("user reset-password", "mad user reset-password --id ID|NAME [--new-password PASSWORD | --password-stdin]"),
+            ("role list", "mad role list [--with permissions,user_count]"),
+        ],
+    )
+    def test_brackets_are_around_what_may_be_left_out(self, name, usage):
+        command = next(command for command in mad.COMMANDS if command.name == name)
+        assert mad.describe_commands((command,))[0][0] == usage
+
+    @pytest.mark.parametrize(
         "command", [command for command in ASKING if command.name != "token get"], ids=lambda command: command.name
     )
     def test_the_request_is_the_one_it_declares(self, here, fake, command):
