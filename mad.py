@@ -2333,7 +2333,8 @@ def check_option(option: Option, options: dict) -> Iterator[str]:
             yield f"--{option.name} and --{option.stdin} exclude each other"
         if value == "":
             yield f"--{option.name} is blank"
-    if option.required and option.kind != "secret" and value is None:
+    # A value that could not be converted is stored as None, and its error has been told.
+    if option.required and option.kind != "secret" and option.name not in options:
         yield f"--{option.name} is missing"
     if value is None:
         return

@@ -1360,6 +1360,11 @@ class TestOptions:
         assert done.returncode and "Traceback" not in done.stderr and done.stderr.startswith("mad: error: ")
         assert name in done.stderr or "\\udce9" in done.stderr
 
+    def test_one_that_is_wrong_is_not_missing_as_well(self):
+        words = ["--id", "ann", "--until", "tomorrow"]
+        error, = parsed_of(*words, name="user set-lockout").errors
+        assert error.startswith("--until is an ISO 8601 date-time")
+
     def test_an_update_changes_something(self):
         assert parsed_of("--id", "x", name="user update").errors == [
             "nothing to change: give at least one of --username, --email, --is-active"
