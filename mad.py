@@ -1321,7 +1321,7 @@ class MadClient(ApiClient):
 
     @paged_list(*LIMIT_PARAMS)
     def list_client_secrets(self, id: str, **search: Unpack[LimitParams]) -> Iterator[list[dict]]:
-        """GET /clients/{id}/secrets. Return [{id, created_at, expires_at}], never the secrets themselves."""
+        """GET /clients/{id}/secrets. Return [{id, created_at, expires_at, last_used_at}], no secrets."""
         return self.pages(_path("clients", id, "secrets"), **search)
 
     def delete_client_secret(self, id: str, secret_id: str) -> dict:
@@ -3871,9 +3871,9 @@ COMMANDS = (
         "mad client change-secret --id sensor --overlap 3600", quiet=render_message),
     Command("client delete", "delete a client and end its sessions", MadClient.delete_client, (ID_OF_CLIENT,),
             render_message, "mad client delete --id sensor", confirm_by="id"),
-    Command("client secrets", "list the secrets of a client: since when and until when they work",
-            MadClient.list_client_secrets, (ID_OF_CLIENT,), table("secrets", "id", "created_at", "expires_at"),
-            "mad client secrets --id sensor"),
+    Command("client secrets", "list the secrets of a client: since when and until when they work, when last used",
+            MadClient.list_client_secrets, (ID_OF_CLIENT,),
+            table("secrets", "id", "created_at", "expires_at", "last_used_at"), "mad client secrets --id sensor"),
     Command("client delete-secret", "make a secret of a client work no more", MadClient.delete_client_secret, (
         ID_OF_CLIENT, Option("secret-id", "its id, of mad client secrets", required=True, metavar="ID"),
     ), render_message, "mad client delete-secret --id sensor --secret-id 0b9c7f0e-5a1c-4f61-9e0e-3f8b8f0f4a11",

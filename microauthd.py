@@ -2292,11 +2292,13 @@ def load_client(idp: Idp, id_or_client_id: str) -> Client | None:
     row = store.find_client(id_or_client_id)
     if row is None:
         return None
-    hashes = tuple((secret.secret_hash, secret.expires_at) for secret in store.list_secrets(row.id, idp.now()))
+    secrets = store.list_secrets(row.id, idp.now())
+    hashes = tuple((secret.secret_hash, secret.expires_at) for secret in secrets)
     scopes = frozenset(scope.name for scope in store.list_scopes_of_client(row.id))
     uris = store.list_uris(row.id)
     redirect, post_logout, origins = (tuple(uri.uri for uri in uris if uri.kind == kind) for kind in URI_KINDS)
-    return Client(row, hashes, scopes, store.list_features(row.id), redirect, post_logout, origins)
+    ids = {secret.secret_hash: secret.id for secret in secrets}
+    return Client(row, hashes, scopes, store.list_features(row.id), redirect, post_logout, origins, ids)
 
 
 def find_client(idp: Idp, client_id: str) -> Client | None:
@@ -2333,13 +2335,21 @@ def unexpired_hashes(client: Client | None, now: int) -> list:
     return [stored for stored, expires_at in client.secret_hashes if expires_at > now] if client else []
 
 
+def note_secret_use(idp: Idp, client: Client | None, stored: str, now: int):
+    """Record that a secret of a client, given by its hash, was used now; written within 20 ms, not at once."""
+    assert client
+    idp.store.note_secret_use(client.secret_ids[stored], now)
+
+
 def find_verified_client(idp: Idp, pairs) -> Client | None:
     """Return the client of the first (client_id, secret) whose secret Argon2 has accepted recently, or None."""
     now = idp.now()
     for client_id, secret in pairs:
         client = find_client(idp, client_id)
-        if any(idp.verified_client_secrets.contains(stored, secret, now) for stored in unexpired_hashes(client, now)):
-            return client
+        for stored in unexpired_hashes(client, now):
+            if idp.verified_client_secrets.contains(stored, secret, now):
+                note_secret_use(idp, client, stored, now)
+                return client
     return None
 
 
@@ -2357,6 +2367,7 @@ def verify_client_secret(idp: Idp, client_id: str, secret: str) -> Client | None
         return None
     # Cached for longer than one token lifetime: the client returns when its token expires.
     idp.verified_client_secrets.add(stored, secret, now, token_lifetime(idp, client))
+    note_secret_use(idp, client, stored, now)
     return client
 
 
@@ -8749,10 +8760,13 @@ def admin_change_secret(idp, claims, params):
 
 @ADMIN("GET", "/clients/<id>/secrets", guard=by_admin, spec=OWN, gives=list[SecretObject])
 def admin_list_secrets(idp, claims, params):
-    """List the valid secrets of a client, newest first, without the secrets themselves."""
+    """List the valid secrets of a client, newest first, and when each was used last; not the secrets themselves."""
     rows = idp.store.list_secrets(get_client(idp, params.path["id"]).row.id, idp.now())
     return [
-        SecretObject(row.id, iso(row.created_at), None if row.expires_at == FOREVER else iso(row.expires_at))
+        SecretObject(
+            row.id, iso(row.created_at), None if row.expires_at == FOREVER else iso(row.expires_at),
+            iso(row.last_used_at),
+        )
         for row in rows
     ]
 

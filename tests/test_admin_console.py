@@ -571,6 +571,30 @@ class TestWhatAListSaysOfClients:
         log_in(alice)
         assert last() == m.iso(idp.now())
 
+    def test_when_a_secret_was_used_last_is_known_within_a_minute(self, idp, call, auth, service, alice, log_in, clock):
+        made = m.change_secret(idp, m.LOCAL.acting_as("test"), ChangeSecret("service", overlap_seconds=600))
+        SECRETS.add(made)
+
+        def used():
+            idp.store.flush()
+            rows = call("GET", "/clients/service/secrets").json
+            return [row["last_used_at"] for row in rows]
+
+        assert used() == [None, None], "the new one first"
+        auth.post("/token", {"grant_type": "client_credentials"}, auth=service)
+        first = m.iso(idp.now())
+        assert used() == [None, first]
+        clock.pass_(59)
+        auth.post("/introspect", {"token": "x"}, auth=service)
+        assert used() == [None, first], "not a write for each use"
+        clock.pass_(1)
+        assert auth.post("/introspect", {"token": "x"}, auth=(service[0], "wrong")).status == 401
+        assert used() == [None, first], "a wrong secret is no use of one"
+        auth.post("/introspect", {"token": "x"}, auth=service)
+        log_in(alice, (service[0], made))
+        now = m.iso(idp.now())
+        assert used() == [now, now], "in the order of the list, whatever it is used for"
+
     @pytest.mark.parametrize("method, path, body", [("DELETE", "", None), ("PUT", "", {"client_id": "renamed"})])
     def test_an_identifier_that_goes_is_forgotten(self, idp, call, service, alice, log_in, method, path, body):
         log_in(alice)

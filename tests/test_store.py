@@ -245,6 +245,17 @@ class TestSchema:
         assert store.find_brand_logo("aa") == b"png" and store.find_brand_logo("bb") is None
         assert store.delete_brand() and not store.delete_brand() and store.find_brand() is None
 
+    def test_a_secret_of_before_was_not_used_yet_and_can_be(self, from_before):
+        store = from_before(
+            "ADD COLUMN last_used_at", self.CLIENT, "INSERT INTO client_secret VALUES ('s', '1', 'hash', 7, 9000)"
+        )
+        used = lambda: [row.last_used_at for row in store.list_secrets("1", 8)]  # noqa: E731
+        assert used() == [0]
+        store.note_secret_use("s", 100)
+        assert used() == [0], "it waits for the next batch"
+        store.flush()
+        assert used() == [100]
+
     def test_an_administrator_of_before_is_signed_in_at_no_console_and_can_be(self, idp, root, monkeypatch):
         number = next(number for number, step in enumerate(MIGRATIONS) if "TABLE admin_session" in step)
         monkeypatch.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[: number + 1])

@@ -929,11 +929,15 @@ class ClientObject(msgspec.Struct):
 
 
 class SecretObject(msgspec.Struct):
-    """An unexpired secret of a client, described without the secret itself."""
+    """An unexpired secret of a client, described without the secret itself.
+
+    `last_used_at` is exact to a minute, and null if it was not used since this is recorded.
+    """
 
     id: str
     created_at: str
     expires_at: str | None
+    last_used_at: str | None
 
 
 class UriObject(msgspec.Struct):

@@ -41,7 +41,7 @@ OVERLAP_MAX = 31 * 86400  # seconds: a replaced client secret stays valid for so
 LOCKOUT_MAX = 3600  # seconds: a lockout doubles up to this, or an attacker could close an account for days
 SLICE = 500  # rows that a purge deletes in one transaction: more would keep other writers waiting
 SCATTERED = 25  # the same for rows whose index entries are scattered: each of them costs pages of its own
-USE_SECONDS = 60  # how exactly it is recorded when a client got a token
+USE_SECONDS = 60  # how exactly it is recorded when a client got a token, and when a secret was used
 COUNT_MAX = 10_000  # rows of a list that are counted: a total beyond is a lower bound
 COUNT_LIVING_MAX = 500  # the same where each row that is counted costs pages of other tables: whether it is alive
 NEWEST = " ORDER BY id DESC"  # what is alive stands behind what has expired: counted from there, the old is not read
@@ -168,6 +168,7 @@ class Secret(Record, frozen=True):
     secret_hash: str
     created_at: int
     expires_at: int
+    last_used_at: int  # within USE_SECONDS; 0 if never since it is recorded
 
 
 class ClientUri(Record, frozen=True):
@@ -499,6 +500,7 @@ class Client(msgspec.Struct, frozen=True):
     redirect_uris: tuple[str, ...] = ()
     post_logout_redirect_uris: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    secret_ids: dict[str, str] = {}  # the id of each secret, by its hash
 
     @property
     def client_id(self) -> str:
@@ -776,6 +778,10 @@ MIGRATIONS = (
         id INTEGER PRIMARY KEY CHECK (id = 1), name TEXT, color TEXT, logo_sha256 TEXT, logo_type TEXT NOT NULL,
         modified_at INTEGER NOT NULL, logo BLOB) STRICT;
     """,
+    # Step 18. When a secret of a client was used last: what one looks at before the old one of two is taken away.
+    """
+    ALTER TABLE client_secret ADD COLUMN last_used_at INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 # The tables whose rows go with a user, client, scope or role: the column that names it, and the primary key. What refers to
@@ -921,6 +927,7 @@ MACHINE_SESSION_INSERT = """
     INSERT INTO session (id, client_id, scope, token_use, mad_use, login_method, issued_at, expires_at)
     VALUES (?, ?, ?, 'access', 'auth', 'client_credentials', ?, ?)
 """
+SECRET_USE_UPDATE = "UPDATE client_secret SET last_used_at = max(last_used_at, ?) WHERE id = ?"
 
 
 def chain(previous: str, seq: int, row: tuple) -> str:
@@ -976,6 +983,8 @@ class Store(Database):
         self.batch_head = (0, "")  # of the audit chain, as the last batch of this process left it
         self.flusher: threading.Thread | None = None
         self.used: dict[str, int] = {}  # when this process recorded last that a client got a token
+        self.secrets_used: dict[str, int] = {}  # the same of secrets, by their ids
+        self.secret_queue: collections.deque[tuple[int, str]] = collections.deque(maxlen=BATCH_MAX)  # for flush()
 
     # -- meta: one value for each name --
 
@@ -1979,6 +1988,19 @@ class Store(Database):
             self.used = {}
         self.used[client_id] = now
 
+    def note_secret_use(self, id: str, now: int) -> None:
+        """Queue that a secret of a client was used, at most once a minute. flush() writes it with the next batch, so a
+        power cut may forget it.
+        """
+        if 0 <= now - self.secrets_used.get(id, 0) < USE_SECONDS:
+            return
+        if len(self.secrets_used) > 20_000:  # two for each client of the cache
+            self.secrets_used = {}
+        self.secrets_used[id] = now
+        self.secret_queue.append((now, id))
+        if not self.wake.is_set():
+            self.wake.set()
+
     def update_client(self, row: ClientRow) -> None:
         """Replace what may change of a client."""
         self.run(
@@ -2063,7 +2085,7 @@ class Store(Database):
         # At least a second newer than the newest one, so that two of one second keep their order.
         self.run(
             """
-            INSERT INTO client_secret
+            INSERT INTO client_secret (id, client_id, secret_hash, created_at, expires_at)
             SELECT :id, :client_id, :secret_hash, max(:now, 1 + coalesce(max(created_at), 0)), :forever
               FROM client_secret WHERE client_id = :client_id
             """,
@@ -3204,7 +3226,8 @@ class Store(Database):
             batch: list[tuple[tuple, tuple | None]] = []
             while self.queue and len(batch) < 5000:
                 batch.append(self.queue.popleft())
-            if not batch and self.writable:
+            secrets_used = [self.secret_queue.popleft() for _ in range(len(self.secret_queue))]
+            if not batch and not secrets_used and self.writable:
                 return
             try:
                 if not self.writable:
@@ -3217,11 +3240,13 @@ class Store(Database):
                         connection.executemany(MACHINE_SESSION_INSERT, [session for session, _ in batch])
                         for client_id, issued_at in {session[1]: session[3] for session, _ in batch}.items():
                             self.note_use(client_id, issued_at, connection)
+                        connection.executemany(SECRET_USE_UPDATE, secrets_used)
                         head = self.append_audit(batch_audit(batch), connection)
                 self.batch_head = head  # after the commit: one that was rolled back is in no chain
                 self.count_commit("batch", len(batch), time.monotonic() - began)
             except Exception as error:  # whatever it is, keep the rows and the thread
                 self.queue.extendleft(reversed(batch))
+                self.secret_queue.extendleft(reversed(secrets_used))
                 if isinstance(error, sqlcipher3.Error) and not is_busy(error) and self.batch_connection:
                     self.drop(self.batch_connection)  # as in discard()
                     self.batch_connection = None
@@ -3230,7 +3255,7 @@ class Store(Database):
             if not self.writable:
                 self.log("store.writable", waiting=len(self.queue))
             self.writable = True
-        if self.queue:
+        if self.queue or self.secret_queue:
             self.wake.set()
 
     def flush_loop(self) -> None:
@@ -3255,7 +3280,7 @@ class Store(Database):
         self.wake.set()
         if self.flusher:
             self.flusher.join(5)
-        while self.queue and self.writable:
+        while (self.queue or self.secret_queue) and self.writable:
             self.flush()
         if self.queue:
             self.log("store.lost", "error", rows=len(self.queue))

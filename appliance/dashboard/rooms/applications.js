@@ -1,7 +1,7 @@
 // Applications: the list, making one by what it is, and the page of each.
 import { all, get, path, send } from "../api.js";
 import { go, href, setQuery } from "../route.js";
-import { has, t } from "../words.js";
+import { ago, has, t } from "../words.js";
 import {
   Button, Card, Empty, Facts, Failure, Head, html, Loading, Name, State, Tabs, useAct, useLoad, useMemo, useRef, useState, visible, When,
 } from "../parts/base.js";
@@ -144,7 +144,9 @@ function Secrets({ client, changed }) {
   });
   const end = (row) => async () => {
     const last = found.data.length === 1;
-    if (await ask({ title: t("end_secret_title"), text: t(last ? "end_last_secret_text" : "end_secret_text"), confirm: t("end_secret"), danger: true,
+    const used = row.last_used_at ? t("secret_last_used", { time: ago(row.last_used_at) }) : t("secret_no_use");
+    const text = `${used} ${t(last ? "end_last_secret_text" : "end_secret_text")}`;
+    if (await ask({ title: t("end_secret_title"), text, confirm: t("end_secret"), danger: true,
       typed: last ? client.client_id : "" })) {
       await act(async () => {
         await send("DELETE", path("clients", client.client_id, "secrets", row.id));
@@ -161,6 +163,7 @@ function Secrets({ client, changed }) {
       <${Table} list=${whole(found)} empty=${html`<p>${t("no_secrets")}</p>`} columns=${[
         { id: "created_at", label: t("made"), cell: (row) => html`<${When} at=${row.created_at} />` },
         { id: "expires_at", label: t("works_until"), cell: (row) => html`<${When} at=${row.expires_at} none=${t("no_end")} />` },
+        { id: "last_used_at", label: t("last_used"), cell: (row) => html`<${When} at=${row.last_used_at} none=${t("no_use_seen")} />` },
         { id: "end", label: "", kind: "action", cell: (row) => html`<${Button} kind="small" onClick=${end(row)}>${t("end")}<//>` },
       ]} /><//>`;
 }
