@@ -687,13 +687,17 @@ class ApiClient:
         return self.send(method, path, **arguments).value
 
     def pages(self, path: str, query: dict | None = None, *, limit: int | None = None, offset: int | None = None,
-              q: str | None = None, sort: str | None = None) -> Iterator[list[dict]]:
-        """Yield a list of objects page by page, at most `limit` rows; without a limit, or with a negative one, all."""
+              q: str | None = None, sort: str | None = None, page_size: int | None = None) -> Iterator[list[dict]]:
+        """Yield a list of objects page by page, at most `limit` rows; without a limit, or with a negative one, all.
+
+        `page_size` is for a list whose pages are small unless more is asked for. A page may be empty though others
+        follow: the server searches a long list in parts.
+        """
         if limit == 0:
             raise BadValue("a limit is at least 1; a negative one means all")
         rows_left = limit if limit is not None and limit > 0 else None
         page_query: dict | str | None = _without_none(
-            **(query or {}), limit=None if rows_left is None else min(rows_left, PAGE_SIZE), offset=offset, q=q,
+            **(query or {}), limit=page_size if rows_left is None else min(rows_left, PAGE_SIZE), offset=offset, q=q,
             sort=sort)
         seen_queries = set()
         while True:
@@ -704,7 +708,7 @@ class ApiClient:
             yield rows
             if rows_left is not None:
                 rows_left -= len(rows)
-            if not page_query or not rows or rows_left == 0:
+            if not page_query or rows_left == 0:
                 return
             if page_query in seen_queries:
                 raise _bad_response("the pages of the list go round in a circle", hint="")
@@ -1524,34 +1528,20 @@ class MadClient(ApiClient):
     @paged_list(*PAGE_PARAMS)
     def list_audit_logs(self, user_id: str | None = None, action: str | None = None, limit: int | None = 100, *,
                         target: str | None = None, since: str | None = None, until: str | None = None,
-                        after: str | None = None, offset: int | None = None, result: str | None = None,
-                        ip_address: str | None = None, request_id: str | None = None,
+                        after: str | None = None, before: str | None = None, offset: int | None = None,
+                        result: str | None = None, ip_address: str | None = None, request_id: str | None = None,
                         about: str | None = None) -> Iterator[list[dict]]:
-        """GET /audit-logs. Return [AuditLog], newest first; with `after` those of greater ids, oldest first.
+        """GET /audit-logs. Return [AuditLog], newest first, or those of ids less than `before`.
+
+        With `after` return those of greater ids, oldest first.
 
         `user_id` is the actor. `action`, `target`, `result`, `ip_address` and `request_id` must match exactly. `about`
         is a user, as actor or as whom an entry is about. `since` and `until` are ISO 8601 or Unix seconds.
         """
-        if limit == 0:
-            raise BadValue("a limit is at least 1; a negative one means all")
-        rows_left = limit if limit is not None and limit > 0 else None
-        seen_ids: set = set()
-        while True:
-            size = PAGE_SIZE if rows_left is None else min(rows_left, PAGE_SIZE)
-            rows = self.request("GET", "/audit-logs", expected=list, query=_without_none(
-                userId=user_id, action=action, target=target, since=since, until=until, after=after, limit=size,
-                offset=offset, result=result, ip_address=ip_address, request_id=request_id, about=about))
-            # Entries written between two requests shift the offsets, so a page may repeat entries of the one before.
-            new_rows = [row for row in rows[:size] if row.get("id") not in seen_ids]
-            yield new_rows
-            rows_left = None if rows_left is None else rows_left - len(new_rows)
-            if len(rows) < size or not new_rows or rows_left == 0:
-                return
-            seen_ids = {row.get("id") for row in rows}
-            if after is None:
-                offset = (offset or 0) + size
-            else:
-                after = str(rows[-1].get("id"))
+        return self.pages("/audit-logs", _without_none(
+            userId=user_id, action=action, target=target, since=since, until=until, after=after, before=before,
+            result=result, ip_address=ip_address, request_id=request_id, about=about,
+        ), limit=limit, offset=offset, page_size=PAGE_SIZE)
 
     def get_audit_log(self, id: str) -> dict:
         """GET /audit-logs/{id}. Return AuditLog."""
@@ -1594,7 +1584,7 @@ class MadClient(ApiClient):
             previous, after = after, answer.headers.get("x-next-after")
             if not after:
                 return
-            if after == previous or not rows:
+            if after == previous:
                 raise _bad_response("the pages of the export go round in a circle", hint="")
 
     def purge_audit_logs(self, days: int) -> dict:
@@ -3344,19 +3334,29 @@ def _wait_unless_closed(seconds: float) -> bool:
     return not poller.poll(seconds * 1000)
 
 
+def follow_audit_log(client: MadClient, after: int, **filters: str | None) -> tuple[list[dict], int, bool]:
+    """GET /audit-logs. Return the entries after an id, the id up to which was searched, and whether there are more."""
+    answer = client.send("GET", "/audit-logs", expected=list,
+                         query=_without_none(**filters, after=str(after), limit=PAGE_SIZE))
+    rows = [row for row in answer.value if _sequence_number(row) > after]
+    searched = answer.headers.get("x-next-after", "")
+    searched = int(searched) if searched.isascii() and searched.isdigit() and len(searched) < 20 else 0
+    has_more = bool(next_query(answer.headers.get("link", "")))
+    return rows, max([after, searched, *map(_sequence_number, rows)]), has_more
+
+
 def audit_tail(context: Context, client: MadClient, lines: int = 10, interval: int = 1, user_id: str | None = None,
                action: str | None = None, target: str | None = None, **more: Any) -> Iterator[list[dict]]:
     """GET /audit-logs. Yield new entries of the audit log until the reader of stdout closes it."""
-    def fetch(**filters) -> list[dict]:
-        return client.list_audit_logs(user_id, action, target=target, **more, **filters)
-    rows = fetch(limit=max(lines, 1))
+    rows = client.list_audit_logs(user_id, action, max(lines, 1), target=target, **more)
     after = max(map(_sequence_number, rows), default=0)
     yield rows[:lines][::-1]
     pause, is_down = interval, False
     while _wait_unless_closed(pause):
         pause = interval
         try:
-            rows = fetch(after=str(after), limit=PAGE_SIZE)
+            rows, after, has_more = follow_audit_log(
+                client, after, userId=user_id, action=action, target=target, **more)
         except MadError as problem:
             # Retry while the server restarts or is busy. Other errors do not go away by themselves.
             is_unreachable = isinstance(problem, Unreachable) and problem.error != "untrusted"
@@ -3369,11 +3369,9 @@ def audit_tail(context: Context, client: MadClient, lines: int = 10, interval: i
         if is_down:
             print_message("warning", "the server answers again")
             is_down = False
-        rows = [row for row in rows if _sequence_number(row) > after]
-        after = max(map(_sequence_number, rows), default=after)
         yield rows
-        if len(rows) == PAGE_SIZE:
-            pause = 0  # There are more entries already.
+        if has_more:
+            pause = 0
 
 
 def render_audit_entries(rows: list[dict]) -> list[str]:
@@ -3629,6 +3627,7 @@ def audit_commands(noun: str) -> tuple:
             Option("since", "not before this: ISO 8601 in UTC unless it says otherwise, or Unix seconds", "moment"),
             Option("until", "not after this", "moment"),
             Option("after", "only entries with a greater id; then oldest first", metavar="ID"),
+            Option("before", "only entries with a smaller id", metavar="ID"),
             Option("limit", "at most so many in all (100); a negative number means all", "number"),
         ), table("entries", *AUDIT_MEMBERS), f"mad {noun} list --action user_created --since 2030-01-31"),
         Command(noun + " actions", "list the actions of which the log has entries", MadClient.list_audit_actions, (),

@@ -78,10 +78,10 @@ from appliance.base.peers import networks_of
 from appliance.base.files import file_fingerprint, is_visible_below, remove_below, write_below
 from appliance.base.database import BATCH_SECONDS, Conflict, Unavailable
 from appliance.base.store import (
-    Account, AdminSession, AtLeast, AuditRow, AuthorizationCode, BrandRow, BrowserSession, Client, ClientRow, ClientUri,
-    ExternalIdp, FAILURE, FOREVER, Family, Invitation, LOCKOUT_MAX, ListedRefreshToken, ListedSession,
-    LoginTransaction, MAD_ADMIN_ROLE_ID, MAD_ADMIN_ROLE_NAME, OVERLAP_MAX, ParkedHints, Permission, RefreshToken, Role,
-    SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
+    Account, AdminSession, AtLeast, AuditFilter, AuditRow, AuthorizationCode, BrandRow, BrowserSession, Client,
+    ClientRow, ClientUri, ExternalIdp, FAILURE, FOREVER, Family, Invitation, LOCKOUT_MAX, ListedRefreshToken,
+    ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID, MAD_ADMIN_ROLE_NAME, OVERLAP_MAX, ParkedHints, Permission,
+    RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
 )
 from appliance.base.openapi import FORM, JSON, Route, Routes, describe_api, may_be_empty
 from appliance.base.objects import (
@@ -5555,16 +5555,17 @@ def if_match(idp, params, show):
         yield
 
 
-def paged_reply(params, rows, total, last="") -> Reply:
+def paged_reply(params, rows, total, last="", following: dict | None = None) -> Reply:
     """Return a page of a list, with the total in X-Total-Count, and in Link the pages around it. RFC 8288 §3.
 
     Long lists are not counted to their end: X-Total-Count-Relation says that the total is a lower bound. `last` says
-    where the page ends, if the id of its last row does not.
+    where the page ends, if the id of its last row does not. `following` is where a list goes on of which one request
+    searches a part only: parameters, none at its end.
     """
     headers, query = [("X-Total-Count", str(total))], params.query
     if isinstance(total, AtLeast):
         headers.append(("X-Total-Count-Relation", "gte"))
-    kept = [(name, value) for name, value in params.pairs if name.lower() not in ("limit", "offset", "after")]
+    kept = [(name, value) for name, value in params.pairs if name.lower() not in ("limit", "offset", "after", "before")]
     kept.append(("limit", query.limit))
     # A page that begins behind an id costs the same however deep it lies. Rows that are sorted by another member have
     # offsets, and so has a caller who began with one.
@@ -5573,13 +5574,15 @@ def paged_reply(params, rows, total, last="") -> Reply:
     )
     by_id = is_by_id and not query.offset
     targets: dict[str, tuple] = {}
-    if by_id and len(rows) == query.limit and (query.after is not None or len(rows) < total):
+    if following:
+        targets["next"] = tuple(following.items())
+    elif following is None and by_id and len(rows) == query.limit and (query.after is not None or len(rows) < total):
         targets["next"] = (("after", last or rows[-1].id),)
-    elif not by_id and rows and query.offset + len(rows) < total:
+    elif following is None and not by_id and rows and query.offset + len(rows) < total:
         targets["next"] = (("offset", query.offset + len(rows)),)
     if query.offset:
         targets |= {"prev": (("offset", max(0, query.offset - query.limit)),), "first": (("offset", 0),)}
-    elif by_id and query.after is not None:
+    elif (by_id and query.after is not None) or getattr(query, "before", None) is not None:
         targets["first"] = ()
     links = [f'<?{urlencode([*kept, *target])}>; rel="{rel}"' for rel, target in targets.items()]
     return Reply(rows, [*headers, ("Link", ", ".join(links))] if links else headers)
@@ -9141,28 +9144,40 @@ def audit_object(row: AuditRow) -> AuditObject:
     )
 
 
-def audit_filters(idp: Idp, query: ListAudit | ExportAudit) -> dict[str, Any]:
-    """Return the members of AuditFilter that a query names. A user who is gone is found by id."""
+def audit_filter(idp: Idp, query: ListAudit | ExportAudit) -> AuditFilter:
+    """Return what a query narrows the audit log to. A user who is gone is found by id."""
     about = query.about
     if about:
         account = idp.store.find_account(about.lower()) or idp.store.find_account_by_name(fold(about))
         about = account.id if account else about
-    return {
-        "action": query.action, "actor_id": query.userId or query.user_id, "target": query.target,
-        "since": read_moment(query.since, "since", 0), "until": read_moment(query.until, "until", FOREVER),
-        "result": query.result, "ip_address": query.ip_address, "request_id": query.request_id, "about": about or None,
-    }
+    return AuditFilter(
+        query.action, query.userId or query.user_id, query.target, read_moment(query.since, "since", 0),
+        read_moment(query.until, "until", FOREVER), query.result, query.ip_address, query.request_id, about or None,
+    )
 
 
 @ADMIN("GET", "/audit-logs", guard=by_admin, spec=OWN, query=ListAudit, gives=list[AuditObject])
 def admin_list_audit(idp, claims, params):
-    """List audit rows, newest first; with `after` the rows that follow it, oldest first."""
+    """List audit rows, newest first; with `after` the rows that follow it, oldest first.
+
+    One request searches 20,000 rows. Where it ends before the log does, Link says where the search goes on.
+    """
     query = params.query
+    if query.after is not None and query.before is not None:
+        reject(before="leads the other way than after")
     query.limit = query.limit if 0 <= query.limit <= 1000 else 1000
-    filters = audit_filters(idp, query)
-    found = idp.store.list_audit(limit=query.limit, after=query.after, offset=query.offset, **filters)
-    rows = [audit_object(row) for row in found]
-    return rows if query.after is not None else paged_reply(params, rows, idp.store.count_audit(**filters))
+    wanted = audit_filter(idp, query)
+    page = idp.store.scan_audit(wanted, query.limit, query.after, query.before, query.offset)
+    is_following = query.after is not None
+    following = {"after" if is_following else "before": page.place} | ({"offset": page.skip} if page.skip else {})
+    rows = [audit_object(row) for row in page.rows]
+    # Counting searches as much as the page: it is not done for each of a long search, nor for whoever follows the log.
+    is_counted = query.before is None and not is_following or wanted == AuditFilter()
+    total = idp.store.count_audit(**msgspec.structs.asdict(wanted)) if is_counted else AtLeast(len(rows))
+    reply = paged_reply(params, rows, total, following={} if page.is_last else following)
+    if is_following:
+        reply.headers.append(("X-Next-After", str(page.place)))
+    return reply
 
 
 @ADMIN("GET", "/audit-logs/actions", guard=by_admin, spec=OWN, gives=list[str])
@@ -9182,11 +9197,11 @@ def admin_verify_audit(idp, claims, params):
     gives_media="application/x-ndjson",
 )
 def admin_export_audit(idp, claims, params):
-    """Return the audit log as JSON lines, oldest first, from `after` on; X-Next-After if there is more."""
+    """Return the audit log as JSON lines, oldest first, from `after` on; X-Next-After if there is more to search."""
     query = params.query
-    rows = idp.store.list_audit(limit=query.limit, after=query.after, **audit_filters(idp, query))
-    more = [("X-Next-After", str(rows[-1].seq))] if len(rows) == query.limit else []
-    return Page(b"".join(ENCODE(audit_object(row)) + b"\n" for row in rows), "application/x-ndjson", headers=more)
+    found = idp.store.scan_audit(audit_filter(idp, query), query.limit, query.after)
+    more = [] if found.is_last else [("X-Next-After", str(found.place))]
+    return Page(b"".join(ENCODE(audit_object(row)) + b"\n" for row in found.rows), "application/x-ndjson", headers=more)
 
 
 @ADMIN("GET", "/audit-logs/<id>", guard=by_admin, spec=OWN, gives=AuditObject)

@@ -673,6 +673,134 @@ class TestTheAuditLogByWhatOneAsks:
         assert {"act", "role_assigned", "user_login_failed"} <= set(words) and words == sorted(set(words))
 
 
+class TestALongAuditLog:
+    """A request searches a part of it, and says where the search goes on."""
+
+    PART = 20
+
+    @pytest.fixture(params=["", "purged"])
+    def long(self, request, idp, call, clock, monkeypatch):
+        """200 rows, ten seconds from one to the next: each third a refusal, each fiftieth rare."""
+        monkeypatch.setattr("appliance.base.store.SCAN_MAX", self.PART)
+        store = idp.store
+        with store.transaction():
+            for number in range(200):
+                action = "rare" if number % 50 == 0 else "usual"
+                row = (idp.now(), "test", action, f"n{number}", "", "192.0.2.7", "agent", f"r{number}", "success")
+                (store.append_refusals if number % 3 == 0 else store.append_audit)([row])
+                clock.pass_(10)
+        if request.param:
+            store.purge_refusals(2**40, 20)
+            store.purge_audit(2**40, 5)
+        return store
+
+    def whole(self, store):
+        """Every row, the oldest first."""
+        both = " UNION ALL ".join(f"SELECT seq, target, action, at FROM {table}" for table in ("audit", "audit_refusal"))
+        return store.connection.execute(f"SELECT seq, target, action, at FROM ({both}) ORDER BY seq").fetchall()
+
+    def follow(self, call, path):
+        """The rows of all pages as Link leads on, and how many pages there were."""
+        rows, pages = [], 0
+        while path:
+            answer = call("GET", path)
+            rows, pages = rows + [int(row["id"]) for row in answer.json], pages + 1
+            link = answer.headers.get("link", "")
+            path = "/audit-logs" + link.split("<")[1].split(">")[0] if link.startswith("<") and 'rel="next"' in link else ""
+            assert pages < 100
+        return rows, pages
+
+    @pytest.mark.parametrize("limit", [1000, 7])
+    @pytest.mark.parametrize("begin", ["", "before=100", "offset=30", "offset=190", "after=100"])
+    @pytest.mark.parametrize("wanted", ["", "action=rare", "action=none"])
+    def test_every_row_is_found_once(self, call, long, wanted, begin, limit):
+        path = f"/audit-logs?limit={limit}&{wanted}&{begin}"
+        rows = [
+            seq for seq, _, action, _ in self.whole(long)
+            if wanted in ("", f"action={action}")
+        ]
+        name, _, number = begin.partition("=")
+        found, pages = self.follow(call, path)
+        kept = {
+            "": lambda: rows[::-1], "before": lambda: [seq for seq in rows if seq < 100][::-1],
+            "offset": lambda: rows[::-1][int(number):], "after": lambda: [seq for seq in rows if seq > int(number)],
+        }[name]()
+        assert found == kept
+        assert not wanted or pages > 3, "no request searches more than a part"
+
+    def test_a_request_reads_no_more_than_a_part_of_it(self, call, long):
+        for path in ("/audit-logs?action=none", "/audit-logs?after=0&action=none", "/audit-logs/export?action=none"):
+            said = []
+            long.connection.set_trace_callback(said.append)
+            call("GET", path)
+            long.connection.set_trace_callback(None)
+            spans = [re.findall(r"seq BETWEEN ([0-9]+) AND ([0-9]+)", sql) for sql in said if "'none'" in sql]
+            assert spans and all(int(end) - int(begin) < self.PART for span in spans for begin, end in span), path
+
+    def test_a_total_of_more_than_a_part_is_a_lower_bound(self, call, long):
+        for query, total in (("action=rare", "0"), ("action=usual", "20"), ("before=100&action=usual&limit=3", "3")):
+            headers = call("GET", f"/audit-logs?{query}").headers
+            assert (headers["x-total-count"], headers["x-total-count-relation"]) == (total, "gte")
+        headers = call("GET", "/audit-logs?limit=1").headers
+        assert headers["x-total-count"] == str(len(self.whole(long))) and "x-total-count-relation" not in headers
+
+    def test_a_deep_offset_into_the_whole_log_reads_no_rows_to_skip_them(self, call, long):
+        newest = self.whole(long)[::-1]
+        said = []
+        long.connection.set_trace_callback(said.append)
+        answer = call("GET", "/audit-logs?limit=3&offset=120")
+        long.connection.set_trace_callback(None)
+        assert [int(row["id"]) for row in answer.json] == [row[0] for row in newest[120:123]]
+        assert any("OFFSET 0" in sql for sql in said) and not any("OFFSET 120" in sql for sql in said)
+
+    @pytest.mark.parametrize("places", [8, 256])
+    @pytest.mark.parametrize("first, last", [(0, 50), (95, 105), (150, 199), (199, 300), (-9, -1), (300, 301)])
+    def test_rows_of_a_time_are_found_without_reading_those_of_another(
+        self, idp, call, long, clock, monkeypatch, places, first, last
+    ):
+        monkeypatch.setattr("appliance.base.store.AUDIT_PLACES", places)
+        monkeypatch.setattr("appliance.base.store.CLOCK_SLACK", 30)
+        begin = idp.now() - 2000
+        since, until = begin + first * 10, begin + last * 10
+        wanted = [row[0] for row in self.whole(long)[::-1] if since <= row[3] <= until]
+        found, pages = self.follow(call, f"/audit-logs?since={since}&until={until}&action=usual&limit=1000")
+        usual = {row[0] for row in self.whole(long) if row[2] == "usual"}
+        assert found == [seq for seq in wanted if seq in usual]
+        assert pages <= (last - first) // self.PART + 4
+
+    def test_a_clock_that_ran_ahead_hides_nothing_that_came_later(self, idp, call, long, clock, monkeypatch):
+        monkeypatch.setattr("appliance.base.store.AUDIT_PLACES", 8)
+        now = idp.now()
+        with long.transaction():
+            long.run("UPDATE audit SET at = at + 1000000 WHERE seq BETWEEN 60 AND 120")
+        for query, kept in (
+            (f"until={now}", lambda at: at <= now), (f"since={now - 300}", lambda at: at >= now - 300),
+        ):
+            found, _ = self.follow(call, f"/audit-logs?{query}&limit=1000")
+            assert found == [row[0] for row in self.whole(long)[::-1] if kept(row[3])]
+
+    def test_whoever_follows_it_is_told_how_far_it_was_searched(self, idp, call, long):
+        last = self.whole(long)[-1][0]
+        part = call("GET", f"/audit-logs?after={last - 30}&action=none")
+        assert part.json == [] and part.headers["x-next-after"] == str(last - 10)
+        assert f"after={last - 10}" in part.headers["link"]
+        rest = call("GET", f"/audit-logs?after={last - 10}&action=none")
+        assert rest.headers["x-next-after"] == str(last) and "link" not in rest.headers
+        assert call("GET", f"/audit-logs?after={last + 9}").headers["x-next-after"] == str(last + 9)
+
+    def test_an_export_goes_on_where_a_part_ends(self, call, long):
+        lines, after, parts = [], "0", 0
+        while after:
+            answer = call("GET", f"/audit-logs/export?action=rare&after={after}")
+            lines += [m.msgspec.json.decode(line)["target"] for line in answer.body.splitlines()]
+            after, parts = answer.headers.get("x-next-after"), parts + 1
+        assert lines == [row[1] for row in self.whole(long) if row[2] == "rare"] and parts > 5
+
+    def test_it_goes_one_way_at_a_time(self, call):
+        assert list(errors_of(call("GET", "/audit-logs?before=5&after=1"))) == ["before"]
+        assert list(errors_of(call("GET", "/audit-logs?before=-1"))) == ["before"]
+
+
 class TestTheNameOfARequest:
     """request_id in every Err: as in the log and the audit log. Connections send it with every answer, in X-Request-Id."""
 

@@ -1955,24 +1955,31 @@ class TestAudit:
                 name: int(value)
                 for name, _, value in (pair.partition("=") for pair in path.partition("?")[2].split("&"))
             }
-            fake.grown = (
-                entries if not query.get("offset") and "after" not in query else [ENTRY | {"id": "2101"}, *entries]
-            )
-            found = (
-                fake.grown[query.get("offset", 0) :]
-                if "after" not in query
-                else [row for row in reversed(fake.grown) if int(row["id"]) > query["after"]]
-            )
-            return 200, found[: query["limit"]], {}
+            # A part of 700 numbers is searched, as the server searches a long log: those that begin with 15 are found.
+            if "after" in query:
+                place = query["after"] + 700
+                found = [row for row in reversed(entries) if query["after"] < int(row["id"]) <= place]
+                following = f"after={place}" if place < 2100 else ""
+            else:
+                place = query.get("before", 2101) - 700
+                found = [row for row in entries if place <= int(row["id"]) < query.get("before", 2101)]
+                following = f"before={place}" if place > 1 else ""
+            if "action" in query:
+                found = [row for row in found if row["id"].startswith("15")]
+            link = {"Link": f'<?limit={query["limit"]}&action=15&{following}>; rel="next"'} if following else {}
+            return 200, found[: query["limit"]], link
 
         fake.answer = answer
         assert [
             row["id"]
             for row in json.loads(here("audit", "list", "--limit", "-1", "--json", MAD_ADMIN_URL=fake.url).stdout)
-        ] == [row["id"] for row in entries], "none twice, though one was written meanwhile"
+        ] == [row["id"] for row in entries if int(row["id"]) > 1400 or row["id"].startswith("15")]
         assert len(here("audit", "list", "--quiet").stdout.split()) == 100
-        assert here("audit", "list", "--quiet", "--after", "99", "--limit", "1500").stdout.split() == [
-            str(number) for number in range(100, 1600)
+        assert here("audit", "list", "--quiet", "--action", "15", "--before", "1000").stdout.split() == [
+            *(str(number) for number in range(159, 149, -1)), "15",
+        ], "a part in which nothing is found is not the end"
+        assert here("audit", "list", "--quiet", "--after", "99", "--action", "15", "--limit", "102").stdout.split() == [
+            str(number) for number in (*range(150, 160), *range(1500, 1592))
         ]
 
     @pytest.mark.parametrize("body", [b"[1]\n", b"<html>", b'{"id":1'])
@@ -2018,6 +2025,14 @@ class TestTail:
         assert done.stdout.split() == ["7", "10", "11", "12"], "oldest first, and nothing twice"
         assert [path.partition("?")[2] for _, path, _, _ in fake.seen] == ["action=user_created&limit=10"] + [
             f"action=user_created&after={after}&limit=1000" for after in (10, 11, 11)
+        ]
+
+    def test_what_was_searched_is_not_searched_again(self, follow, fake):
+        more = {"X-Next-After": "20007", "Link": '<?after=20007&limit=1000>; rel="next"'}
+        done = follow([(200, [ENTRY], {}), (200, [], more), (200, [ENTRY | {"id": "20010"}], {}), (200, [], {})], "--quiet")
+        assert done.stdout.split() == ["7", "20010"]
+        assert [path.partition("after=")[2].partition("&")[0] for _, path, _, _ in fake.seen] == [
+            "", "7", "20007", "20010",
         ]
 
     def test_a_server_that_starts_anew_is_waited_for(self, follow):

@@ -700,9 +700,10 @@ class AuditFilter(msgspec.Struct):
 
 
 class ListAudit(AuditFilter):
-    """A page of the audit log; `after` is an id: later rows, oldest first."""
+    """A page of the audit log; `before` is an id: earlier rows. So is `after`: later rows, oldest first."""
 
     after: Annotated[int, msgspec.Meta(ge=0, le=10**15)] | None = None
+    before: Annotated[int, msgspec.Meta(ge=0, le=10**15)] | None = None
     limit: Annotated[int, msgspec.Meta(ge=-(10**9), le=10**9)] = 100
     offset: Offset = 0
 

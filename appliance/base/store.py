@@ -44,6 +44,7 @@ SCATTERED = 25  # the same for rows whose index entries are scattered: each of t
 USE_SECONDS = 60  # how exactly it is recorded when a client got a token, and when a secret was used
 COUNT_MAX = 10_000  # rows of a list that are counted: a total beyond is a lower bound
 COUNT_LIVING_MAX = 500  # the same where each row that is counted costs pages of other tables: whether it is alive
+SCAN_MAX = 20_000  # rows that one request reads to find those that its filters let through: some 30 ms
 NEWEST = " ORDER BY id DESC"  # what is alive stands behind what has expired: counted from there, the old is not read
 DENSE = 2000  # holders of a role or scope from which on they are looked for in the order of the list
 SUCCESS, FAILURE = "success", "failure"  # the results an audit row may tell of
@@ -483,6 +484,17 @@ class SignedTokens(Record, frozen=True):
     clients: int
 
 
+class AuditPage(NamedTuple):
+    """Rows of the audit log, and where the list goes on: the `before` or `after` of the next page, and how many rows are
+    to be skipped there. `is_last` says that nothing follows, until more is written.
+    """
+
+    rows: list[AuditRow]
+    place: int
+    skip: int
+    is_last: bool
+
+
 class AuditSize(NamedTuple):
     """How many rows of a table of the audit log there are, and about how many octets of the database they take."""
 
@@ -827,15 +839,19 @@ def like(q: str) -> str:
     return "%" + q.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_") + "%"
 
 
-AUDIT_FILTER = """
-    WHERE seq > :after AND at >= :since AND at <= :until
-      AND (:action IS NULL OR action = :action) AND (:actor_id IS NULL OR actor_id = :actor_id)
-      AND (:target IS NULL OR target = :target OR secondary = :target)
-      AND (:result IS NULL OR result = :result) AND (:ip_address IS NULL OR ip_address = :ip_address)
-      AND (:request_id IS NULL OR request_id = :request_id)
-      AND (:about IS NULL OR actor_id = :about OR target = :about OR secondary = :about
-           OR instr(';' || secondary || ';', ';user_id=' || :about || ';') > 0)
-"""
+# What the audit log may be narrowed by: member of AuditFilter -> condition. No column has an index, which each login
+# would have to write: requests read the log in pieces.
+AUDIT_FILTERS = {
+    "action": "action = :action", "actor_id": "actor_id = :actor_id", "target": ":target IN (target, secondary)",
+    "since": "at >= :since", "until": "at <= :until", "result": "result = :result",
+    "ip_address": "ip_address = :ip_address", "request_id": "request_id = :request_id",
+    "about": """
+        (:about IN (actor_id, target, secondary)
+         OR instr(';' || secondary || ';', ';user_id=' || :about || ';') > 0)
+    """,
+}
+AUDIT_PLACES = 256  # of the log whose times are read to find where a time lies in it
+CLOCK_SLACK = 3600  # seconds that the times of neighbouring rows may be out of order
 AUDIT_TABLES = (AuditRow.table, AuditRefusal.table)
 ROW_OVERHEAD, PAGE_OVERHEAD = 32, 1.05  # octets of a row besides its text, and pages besides their rows (measured)
 # Whether a login was ended by itself, or with all logins of its user at its client. It also ends by an epoch of its user
@@ -2965,17 +2981,84 @@ class Store(Database):
     def list_audit(
         self, action: str | None = None, limit: int = 100, after: int | None = None, offset: int = 0, **more: Any
     ) -> list[AuditRow]:
-        """Return audit rows, the newest first. Those after a `seq` come oldest first, to follow the log.
+        """Return the rows of scan_audit()."""
+        return self.scan_audit(AuditFilter(action, **more), limit, after, offset=offset).rows
 
-        `more` are other members of AuditFilter.
+    def scan_audit(
+        self, wanted: AuditFilter, limit: int = 100, after: int | None = None, before: int | None = None,
+        offset: int = 0
+    ) -> AuditPage:
+        """Return audit rows, the newest first, or those before a `seq`; those after a `seq` come oldest first, to
+        follow the log.
+
+        At most SCAN_MAX numbers of the log are searched, so there may be fewer rows than `limit`, or none, before the
+        list ends.
         """
-        direction = "ASC" if after is not None else "DESC"
-        both = " UNION ALL ".join(f"SELECT * FROM {table} {AUDIT_FILTER}" for table in AUDIT_TABLES)
-        return self.all(
-            AuditRow, f"{both} ORDER BY seq {direction} LIMIT :limit OFFSET :offset",
-            **msgspec.structs.asdict(AuditFilter(action, **more)), after=-1 if after is None else after, limit=limit,
-            offset=offset,
+        first, last = self.audit_range(wanted)
+        if after is None:
+            last = last if before is None else min(last, before - 1)
+            # Above the anchors no number is missing, so rows need not be read to be skipped.
+            if wanted == AuditFilter():
+                skipped = min(offset, max(0, last - max(self.audit_anchors())))
+                last, offset = last - skipped, offset - skipped
+            begin, end = max(first, last - SCAN_MAX + 1), last
+        else:
+            begin = max(first, after + 1)
+            end = min(last, begin + SCAN_MAX - 1)
+        both, parameters = self.audit_between(wanted, begin, end)
+        rows = self.all(
+            AuditRow, f"{both} ORDER BY seq {'DESC' if after is None else 'ASC'} LIMIT :limit OFFSET :offset",
+            limit=limit + 1, offset=offset, **parameters,
         )
+        if len(rows) > limit:
+            return AuditPage(rows[:limit], rows[limit - 1].seq if limit else last, 0, not limit)
+        place, is_last = (begin, begin <= first) if after is None else (max(after, end), end >= last)
+        skipped = offset if rows or is_last else self.value(f"SELECT count(*) FROM ({both})", **parameters)
+        return AuditPage(rows, place, max(0, offset - skipped), is_last)
+
+    def audit_between(self, wanted: AuditFilter, begin: int, end: int, columns="*") -> tuple[str, dict[str, object]]:
+        """Return a SELECT of the rows with these numbers that a filter lets through, and its parameters."""
+        given = {
+            name: value for name, value in msgspec.structs.asdict(wanted).items() if value != getattr(AuditFilter(), name)
+        }
+        where = " AND ".join(["seq BETWEEN :begin AND :end", *(AUDIT_FILTERS[name] for name in given)])
+        both = " UNION ALL ".join(f"SELECT {columns} FROM {table} WHERE {where}" for table in AUDIT_TABLES)
+        return both, given | {"begin": begin, "end": end}
+
+    def audit_anchors(self) -> tuple[int, int]:
+        """Return the numbers of the last rows that were purged, of both chains."""
+        changes, refusals = (self.audit_mark(f"{table}_anchor")[0] for table in AUDIT_TABLES)
+        return changes, refusals
+
+    def audit_range(self, wanted: AuditFilter) -> tuple[int, int]:
+        """Return between which numbers the rows of a filter lie, both included.
+
+        In a long log, some rows tell when those between them were written. Beyond the oldest of these that is not
+        before `since`, and the newest that is not after `until`, nothing is looked for: so a clock that was wrong for
+        a while hides at most rows that it gave a wrong time.
+        """
+        with self.reading():
+            last = self.last_audit_seq(self.connection)
+            first = min(self.value(f"SELECT min(seq) FROM {table}") or last + 1 for table in AUDIT_TABLES)
+            if last - first < SCAN_MAX or (wanted.since <= 0 and wanted.until >= FOREVER):
+                return first, last
+            places = range(first, last, max(1, (last - first) // AUDIT_PLACES))
+            if wanted.since > 0:
+                early = (at for at in places if self.audit_time(at) >= wanted.since - CLOCK_SLACK)
+                first = max(first, next(early, last) - places.step)
+            if wanted.until < FOREVER:
+                late = (at for at in reversed(places) if self.audit_time(at) <= wanted.until + CLOCK_SLACK)
+                last = min(last, next(late, places[0]) + places.step)
+        return first, last
+
+    def audit_time(self, seq: int) -> int:
+        """Return when the row with a number was written, or the one before if it is missing; 0 before the first."""
+        nearest = " UNION ALL ".join(
+            f"SELECT * FROM (SELECT seq, at FROM {table} WHERE seq <= :seq ORDER BY seq DESC LIMIT 1)"
+            for table in AUDIT_TABLES
+        )
+        return self.value(f"SELECT at FROM ({nearest}) ORDER BY seq DESC LIMIT 1", seq=seq) or 0
+
 
     def list_audit_actions(self) -> list[str]:
         """Return every action that the audit log has rows of."""
@@ -2987,16 +3070,17 @@ class Store(Database):
         return self.one(AuditRow, both, seq=seq)
 
     def count_audit(self, action: str | None = None, **more: Any) -> int:
-        """Return how many rows list_audit() finds: AtLeast beyond COUNT_MAX, but for all rows, which need no counting:
-        their numbers tell.
+        """Return how many rows a filter lets through: AtLeast beyond COUNT_MAX or the newest SCAN_MAX, but for all rows,
+        which need no counting: their numbers tell.
         """
         wanted = AuditFilter(action, **more)
         if wanted == AuditFilter():
             return sum(self.count_audit_rows())
-        return self.count(
-            " UNION ALL ".join(f"SELECT 1 FROM {table} {AUDIT_FILTER}" for table in AUDIT_TABLES),
-            **msgspec.structs.asdict(wanted), after=-1,
-        )
+        first, last = self.audit_range(wanted)
+        begin = max(first, last - SCAN_MAX + 1)
+        both, parameters = self.audit_between(wanted, begin, last)
+        found = self.count(both, **parameters)
+        return found if begin == first else AtLeast(found)
 
     def count_audit_rows(self) -> tuple[int, int]:
         """Return how many rows that are no refusals there are, and how many refusals.

@@ -70,8 +70,9 @@ async function ask(method, path, body, { etag, passive, signal: abort, raw } = {
   const data = await answer.json().catch(() => ({}));
   if (!answer.ok) throw new ApiError(answer.status, data, answer.headers);
   const link = answer.headers.get("Link") || "";
+  const following = link.match(/<\?([^>]*)>; rel="next"/)?.[1];
   return {
-    data, etag: answer.headers.get("ETag"), next: link.includes('rel="next"'),
+    data, etag: answer.headers.get("ETag"), next: link.includes('rel="next"'), following: new URLSearchParams(following),
     total: answer.headers.has("X-Total-Count") ? Number(answer.headers.get("X-Total-Count")) : undefined,
     atLeast: answer.headers.get("X-Total-Count-Relation") === "gte", headers: answer.headers,
   };

@@ -6,10 +6,11 @@
 //     href=${(row) => href(["applications", row.client_id])} empty=${…} />`
 import { get, query as makeQuery } from "../api.js";
 import { setQuery } from "../route.js";
-import { number, t } from "../words.js";
+import { number, stamp, t } from "../words.js";
 import { Button, Failure, Icon, Loading, href, html, route, useEffect, useLoad, useRef, useState } from "./base.js";
 
 export const PAGE = 50;
+const SEARCHES = 10; // parts of a long list that are searched for one page
 
 /**
  * A page of a list of ADMIN. `filters` go into its query; page and sort come from the URL. `inner` is for a list within
@@ -26,6 +27,46 @@ export function useList(path, filters = {}, { size = PAGE, sort: usual = "", inn
     ...found, rows: found.data?.data, total: found.data?.total, atLeast: found.data?.atLeast, next: found.data?.next,
     page: at, named, size, sort, isFiltered: Object.values(filters).some((value) => value !== "" && value != null),
   };
+}
+
+/**
+ * A page of the audit log, of which one request searches a part. It is searched on until the page is full, the log ends
+ * or SEARCHES parts were searched; then a button leads on. What the URL has as its page is the id before which it begins.
+ */
+export function useSearch(path, filters = {}, { size = PAGE, inner = false } = {}) {
+  const named = inner ? "at" : "page";
+  const { [named]: begin = "" } = route.value.query;
+  const found = useLoad(async (signal) => {
+    const rows = [];
+    let [place, first, searches] = [begin, null, 0];
+    do {
+      const page = await get(path + makeQuery({ ...filters, before: place, limit: size - rows.length }), { signal });
+      first ||= page;
+      rows.push(...page.data);
+      place = page.following.get("before") || "";
+      searches += 1;
+    } while (place && rows.length < size && searches < SEARCHES);
+    const isWhole = !place && !begin;
+    const end = place && rows.length < size ? await get(`${path}/${place}`, { signal, passive: true }).catch(() => null) : null;
+    return {
+      rows, place, begin, searchedTo: end?.data.timestamp, atLeast: first.atLeast && !isWhole,
+      total: begin ? undefined : isWhole ? rows.length : Math.max(first.total, rows.length) || undefined,
+    };
+  }, [path, makeQuery(filters), begin]);
+  const isFiltered = Object.values(filters).some((value) => value !== "" && value != null);
+  return { ...found, ...found.data, data: found.data, named, size, isFiltered, isSearched: true };
+}
+
+/** Where a search goes on; back is the browser's own. */
+function Further({ list }) {
+  const { rows, size, place, begin, named, total, atLeast, searchedTo } = list;
+  if (!place && !begin) return rows.length > 10 ? html`<p class="pages quiet small">${t("rows", { n: rows.length })}</p>` : null;
+  const isFull = rows.length >= size;
+  return html`<nav class="pages" aria-label=${t("pages")}>
+    <span>${isFull && total != null && t(atLeast ? "first_of_at_least" : "first_of", { n: rows.length, of: total })}
+      ${!isFull && searchedTo && t("searched_back_to", { time: stamp(searchedTo) })}</span>
+    ${begin && html`<${Button} onClick=${() => setQuery({ [named]: "" })}>${t("to_begin")}<//>`}
+    <${Button} disabled=${!place} onClick=${() => setQuery({ [named]: place })}>${t(isFull || !place ? "next" : "search_further")}<//></nav>`;
 }
 
 function Heading({ column, sort }) {
@@ -63,8 +104,11 @@ export function Table({ list, columns, keyOf = (row) => row.id, href: target, em
   }, [list.loading]);
   const { rows } = list;
   if (!rows) return list.error ? html`<${Failure} error=${list.error} retry=${list.reload} />` : html`<${Loading} />`;
+  if (!rows.length && !list.loading && list.place) {
+    return html`<div class="empty"><p role="status">${t("nothing_found_yet")}</p></div><${Further} list=${list} />`;
+  }
   if (!rows.length && !list.loading) {
-    return list.isFiltered || list.page > 1
+    return list.isFiltered || list.page > 1 || list.begin
       ? html`<div class="empty"><p>${t("nothing_matches")}</p>
           <${Button} onClick=${clear || (() => setQuery({ q: "", page: "" }))}>${t("clear_filters")}<//></div>`
       : empty || html`<div class="empty"><p>${t("nothing_here")}</p></div>`;
@@ -91,7 +135,8 @@ export function Table({ list, columns, keyOf = (row) => row.id, href: target, em
           : html`<td key=${column.id} class=${column.kind} data-label=${column.label}>${content}</td>`;
       })}</tr>`)}</tbody></table></div>
     ${list.error && html`<${Failure} error=${list.error} retry=${list.reload} />`}
-    ${list.page !== undefined && html`<${Pages} list=${list} />`}`;
+    ${list.page !== undefined && html`<${Pages} list=${list} />`}
+    ${list.isSearched && html`<${Further} list=${list} />`}`;
 }
 
 /** A list that is all here, for Table: useList without pages. */

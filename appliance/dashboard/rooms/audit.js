@@ -1,5 +1,6 @@
 // The audit log: who did what to whom, live, filtered, its chain verified, and to take away.
-// #/audit?q=&action=&target=&result=&since=&ip_address=&request_id=&about=&live=1&page=, #/audit/<id>
+// #/audit?q=&action=&target=&result=&since=&ip_address=&request_id=&about=&live=1&page=, #/audit/<id>; `page` is the id
+// before which a page begins
 import { ApiError, get, now, path, query as makeQuery } from "../api.js";
 import { setQuery } from "../route.js";
 import { compare, exact, has, stamp, t } from "../words.js";
@@ -7,7 +8,7 @@ import { Button, Card, Empty, Facts, Failure, Head, href, html, Loading, Name, S
 import { Copy } from "../parts/copy.js";
 import { Filters } from "../parts/filters.js";
 import { Deed, Details, Target, Who } from "../parts/names.js";
-import { useList, Table, PAGE } from "../parts/table.js";
+import { useSearch, Table, PAGE } from "../parts/table.js";
 
 const SINCE = { "1h": 3600, "1d": 86400, "7d": 604800, "30d": 2592000 };
 const LIVE_ROWS = 500; // that stay on the screen while it is live
@@ -76,12 +77,10 @@ function useLive(list, filters, isOn) {
       let isBehind = false;
       try {
         if (!document.hidden) {
-          const { data } = await get("/audit-logs" + makeQuery({ ...filters, after: last.current, limit: LIVE_ROWS }), { signal: abort.signal, passive: true });
-          isBehind = data.length === LIVE_ROWS;
-          if (data.length) {
-            last.current = Number(data.at(-1).id);
-            setRows((before) => [...data.reverse(), ...before].slice(0, LIVE_ROWS));
-          }
+          const { data, next, headers } = await get("/audit-logs" + makeQuery({ ...filters, after: last.current, limit: LIVE_ROWS }), { signal: abort.signal, passive: true });
+          isBehind = next;
+          last.current = Number(headers.get("X-Next-After"));
+          if (data.length) setRows((before) => [...data.reverse(), ...before].slice(0, LIVE_ROWS));
           setError(null);
         }
       } catch (failure) {
@@ -160,7 +159,7 @@ function List({ query }) {
 }
 
 function Rows({ query, filters, actions, isLive }) {
-  const page = useList("/audit-logs", filters);
+  const page = useSearch("/audit-logs", filters);
   const live = useLive(page, filters, isLive);
   const taken = useExport(filters);
   const { act, busy, error } = useAct();
@@ -170,7 +169,7 @@ function Rows({ query, filters, actions, isLive }) {
     setVerdict({ found: data, at: new Date(now()).toISOString() });
   });
   const list = { ...page, rows: page.rows && [...live.rows, ...page.rows].slice(0, Math.max(PAGE, LIVE_ROWS)) };
-  if (isLive && page.rows) Object.assign(list, { page: undefined, loading: false });
+  if (isLive && page.rows) Object.assign(list, { isSearched: false, place: "", loading: false });
   const choices = [
     { name: "action", label: t("deed"), options: actions.map((one) => ({ value: one, label: inWords(one) })).sort((one, other) => compare(one.label, other.label)) },
     { name: "result", label: t("result"), options: [{ value: "success", label: t("done") }, { value: "failure", label: t("refused") }] },

@@ -12,7 +12,7 @@ import { Filters } from "../parts/filters.js";
 import { Check, Field, Form, Select, useForm, useRecord } from "../parts/form.js";
 import { Deed, Details, Who } from "../parts/names.js";
 import { SecretOnce } from "../parts/secret.js";
-import { Table, useList, whole } from "../parts/table.js";
+import { Table, useList, useSearch, whole } from "../parts/table.js";
 import { toast } from "../parts/toast.js";
 import { signal } from "../vendor/signals.js";
 
@@ -380,7 +380,7 @@ function Consents({ user }) {
 }
 
 function History({ user }) {
-  const list = useList("/audit-logs", { about: user.id }, { inner: true });
+  const list = useSearch("/audit-logs", { about: user.id }, { inner: true });
   const isIt = (id) => id === user.id ? html`<${Name} text=${user.username} />` : html`<${Who} id=${id} link />`;
   return html`<${Card} title=${t("history")} actions=${rooms.has("audit") && html`<a class="button" href=${href(["audit"], { target: user.id })}>${t("in_audit")}</a>`}>
     <${Table} list=${{ ...list, isFiltered: false }} empty=${html`<p class="quiet">${t("no_history_of")}</p>`} columns=${[
