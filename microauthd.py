@@ -8977,17 +8977,24 @@ def session_details(session: ListedSession) -> SessionObject:
 
 @ADMIN("GET", "/sessions", guard=by_admin, spec=OWN, query=ListSessions, gives=list[SessionDetails])
 def admin_list_sessions(idp, claims, params):
-    """List the sessions, newest first, filtered by user, client, login, address or whether they live, page by page."""
+    """List the sessions, newest first, filtered by user, client, login, address or whether they live, page by page.
+
+    One request searches 20,000 sessions. Where it ends before the list does, Link says where the search goes on. A list
+    in the order of expiry is of the newest of them.
+    """
     query = params.query
     if query.after is not None and (query.offset or query.sort not in ("id", "-id")):
         reject(after="takes the place of offset, in the order of ids only")
     user_id = get_user(idp, query.user_id).id if query.user_id else None
     client_id = get_client(idp, query.client_id).client_id if query.client_id else None
-    rows, total = idp.store.list_sessions(
-        user_id, client_id, None, query.sort, query.limit, query.offset, query.living, idp.now(), query.after,
-        sid=query.sid, mad_use=query.mad_use, ip_address=query.ip_address,
+    page = idp.store.scan_sessions(
+        query.sort, query.limit, query.living, idp.now(), query.after, query.offset, user_id=user_id,
+        client_id=client_id, sid=query.sid, mad_use=query.mad_use, ip_address=query.ip_address,
     )
-    return paged_reply(params, [session_details(row) for row in rows], total)
+    following = None
+    if page.after is not None:
+        following = {"after": page.after} if page.after else {}
+    return paged_reply(params, [session_details(row) for row in page.rows], page.total, following=following)
 
 
 @ADMIN("POST", "/sessions/revoke-all", guard=by_admin, spec=OWN, gives=Msg, proof=always)
@@ -9172,7 +9179,7 @@ def admin_list_audit(idp, claims, params):
     following = {"after" if is_following else "before": page.place} | ({"offset": page.skip} if page.skip else {})
     rows = [audit_object(row) for row in page.rows]
     # Counting searches as much as the page: it is not done for each of a long search, nor for whoever follows the log.
-    is_counted = query.before is None and not is_following or wanted == AuditFilter()
+    is_counted = (query.before is None and not is_following) or wanted == AuditFilter()
     total = idp.store.count_audit(**msgspec.structs.asdict(wanted)) if is_counted else AtLeast(len(rows))
     reply = paged_reply(params, rows, total, following={} if page.is_last else following)
     if is_following:

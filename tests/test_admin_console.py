@@ -5,7 +5,7 @@ import re
 import microauthd as m
 import pyotp
 import pytest
-from conftest import CHEAP, SECRETS, Caller
+from conftest import CHEAP, PASSWORD, SECRETS, Caller
 from appliance.base.objects import ChangeSecret
 from appliance.base.settings import OPTIONS, Options
 from appliance.base.store import DELETED
@@ -671,6 +671,87 @@ class TestTheAuditLogByWhatOneAsks:
     def test_its_words_are_listed(self, call, events):
         words = call("GET", "/audit-logs/actions").json
         assert {"act", "role_assigned", "user_login_failed"} <= set(words) and words == sorted(set(words))
+
+
+class TestManySessions:
+    """A request searches some of them, and says where the search goes on."""
+
+    PART = 15
+
+    @pytest.fixture
+    def many(self, idp, call, new_client, service, clock, monkeypatch):
+        """120 tokens, one a second, each thirtieth of a client that seldom asks; the first 50 have expired."""
+        new_client("rare")
+        monkeypatch.setattr("appliance.base.store.SCAN_MAX", self.PART)
+        for number in range(120):
+            jti, now = m.new_jti(int(idp.now() * 1000) + number), idp.now()
+            client_id = "rare" if number % 30 == 5 else "service"
+            # Those in the middle live longest.
+            idp.store.enqueue((jti, client_id, "", now, now + (1 if number < 50 else 4000 - abs(number - 80))), None)
+        idp.store.flush()
+        clock.pass_(2)
+        return idp.store
+
+    def follow(self, call, query):
+        """The rows of all pages as Link leads on, and how many pages there were."""
+        rows, pages, path = [], 0, f"/sessions?{query}"
+        while path:
+            answer = call("GET", path)
+            assert answer.status == 200, answer
+            rows, pages = rows + [row["id"] for row in answer.json], pages + 1
+            link = answer.headers.get("link", "")
+            path = "/sessions" + link.split("<")[1].split(">")[0] if link.startswith("<") and 'rel="next"' in link else ""
+            assert pages < 100
+        return rows, pages
+
+    @pytest.mark.parametrize("limit", [1000, 4])
+    @pytest.mark.parametrize("sort", ["-id", "id"])
+    @pytest.mark.parametrize(
+        "wanted",
+        [{"client_id": "rare"}, {"client_id": "rare", "living": True}, {"living": True}, {"mad_use": "admin"}, {},
+         {"mad_use": "auth", "living": True, "client_id": "service"}],
+    )  # fmt: skip
+    def test_every_one_is_found_once(self, idp, call, many, wanted, sort, limit):
+        every, _ = many.list_sessions(sort=sort, now=idp.now(), **wanted)
+        query = "&".join(f"{name}={str(value).replace('True', 'true')}" for name, value in wanted.items())
+        found, pages = self.follow(call, f"limit={limit}&sort={sort}&{query}")
+        assert found == [row.id for row in every] and every
+        assert pages >= 8 or "client_id" not in wanted
+
+    @pytest.mark.parametrize("query", ["client_id=rare", "living=true&client_id=rare", "mad_use=admin", "client_id=rare&sort=id"])
+    def test_a_request_reads_no_more_than_some(self, call, many, query):
+        said = []
+        many.connection.set_trace_callback(said.append)
+        answer = call("GET", f"/sessions?limit=50&{query}")
+        many.connection.set_trace_callback(None)
+        of_sessions = [sql for sql in said if "FROM session" in sql and "ORDER BY" in sql]
+        assert of_sessions and all(f"LIMIT {self.PART}" in sql for sql in of_sessions)
+        assert answer.headers["x-total-count-relation"] == "gte" and int(answer.headers["x-total-count"]) <= 1
+
+    @pytest.mark.parametrize("sort", ["expires_at", "-expires_at"])
+    @pytest.mark.parametrize("query", ["living=true", "client_id=service", ""])
+    def test_in_the_order_of_expiry_are_the_newest(self, idp, call, many, sort, query):
+        newest = many.list_sessions(limit=self.PART)[0]
+        newest = [row for row in newest if row.client_id == "service" or "client_id" not in query]
+        newest.sort(key=lambda row: (row.expires_at if sort == "expires_at" else -row.expires_at, row.id))
+        found, _ = self.follow(call, f"limit=4&sort={sort}&{query}")
+        assert found == [row.id for row in newest]
+        answer = call("GET", f"/sessions?limit=50&sort={sort}&{query}")
+        assert (answer.headers["x-total-count"], answer.headers["x-total-count-relation"]) == (str(len(newest)), "gte")
+
+    def test_what_an_index_finds_is_found_whole(self, idp, call, many, alice, log_in):
+        for _ in range(self.PART + 5):
+            log_in(alice)
+        for query in ("user_id=alice", "user_id=alice&living=true", "user_id=alice&sort=expires_at&client_id=service"):
+            answer = call("GET", f"/sessions?{query}")
+            assert len(answer.json) == self.PART + 5 == int(answer.headers["x-total-count"]), query
+
+    def test_what_ended_with_everything_is_not_searched(self, idp, call, many, admin, auth, service, clock):
+        assert call("POST", "/sessions/revoke-all").status == 200
+        clock.pass_(1)
+        token = admin.post("/token", {"username": "root", "password": PASSWORD, "client_id": "test"}).json["access_token"]
+        answer = admin.get("/sessions?living=true&client_id=rare", bearer=token)
+        assert answer.json == [] and "link" not in answer.headers, "at once"
 
 
 class TestALongAuditLog:

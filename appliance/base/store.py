@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
@@ -482,6 +482,14 @@ class SignedTokens(Record, frozen=True):
     tokens: int
     users: int
     clients: int
+
+
+class SessionPage(NamedTuple):
+    """Sessions, how many the list has, and the id behind which it goes on: "" at its end, None if the total tells."""
+
+    rows: list[ListedSession]
+    total: int
+    after: str | None
 
 
 class AuditPage(NamedTuple):
@@ -2298,19 +2306,73 @@ class Store(Database):
         """
         given = {"id": id, "user_id": user_id, "client_id": client_id} | more
         given = {name: value for name, value in given.items() if value is not None}
-        filters = SESSION_FILTERS
-        if ip_address := given.get("ip_address"):
-            of_address = "SELECT 1 FROM family WHERE ip_address = :ip_address AND ip_address <> ''"
-            if isinstance(self.count(of_address, DENSE, ip_address=ip_address), AtLeast):
-                filters = filters | {"ip_address": OF_CROWDED_ADDRESS}
-        conditions = [filters[name] for name in given]
-        if living:
-            conditions.append(SESSION_IS_ALIVE)
-        where = " AND ".join(["1 = 1", *conditions])
+        where, _ = self.session_filters(given, living)
         return self.page_after(
             ListedSession, f"SELECT * FROM session WHERE {where}", sort, limit, offset, LISTED_SESSIONS, after, now=now,
             counted=COUNT_LIVING_MAX if living else None, **given,
         )
+
+    def session_filters(self, given: Mapping[str, str | None], living: bool) -> tuple[str, bool]:
+        """Return the condition of a list of sessions, and whether an index finds all that it lets through."""
+        filters, is_indexed = SESSION_FILTERS, bool(given.keys() & {"id", "user_id", "sid", "ip_address"})
+        if ip_address := given.get("ip_address"):
+            of_address = "SELECT 1 FROM family WHERE ip_address = :ip_address AND ip_address <> ''"
+            if isinstance(self.count(of_address, DENSE, ip_address=ip_address), AtLeast):
+                filters, is_indexed = filters | {"ip_address": OF_CROWDED_ADDRESS}, bool(given.keys() & {"user_id", "sid"})
+        alive = [SESSION_IS_ALIVE] if living else []
+        return " AND ".join(["1 = 1", *(filters[name] for name in given), *alive]), is_indexed
+
+    def scan_sessions(
+        self, sort: str, limit: int, living: bool, now: int, after: str | None = None, offset: int = 0,
+        **filters: str | None
+    ) -> SessionPage:
+        """Return what list_sessions() does, and where the list goes on.
+
+        Where no index finds the rows, at most SCAN_MAX are searched: so there may be fewer than `limit`, or none, before
+        the list ends. In the order of the expiry, the list consists of the newest of them. An `offset` in the order of
+        ids is not bounded so.
+        """
+        given = {name: value for name, value in filters.items() if value is not None}
+        where, is_indexed = self.session_filters(given, living)
+        is_by_id = sort in ("id", "-id")
+        if is_indexed or (is_by_id and (offset or not (given or living))):
+            found = self.list_sessions(
+                sort=sort, limit=limit, offset=offset, living=living, now=now, after=after, **given
+            )
+            return SessionPage(*found, None)
+        column, direction = sort.removeprefix("-"), "DESC" if sort[0] == "-" else "ASC"
+        order = direction if is_by_id else "DESC"
+        # What an end of everything left behind is not even read.
+        begins = [f"id > printf('%012x', {REVOKED_BEFORE})"] if living else []
+        if after is not None:
+            begins.append(f"id {'<' if order == 'DESC' else '>'} :after")
+        part = f"SELECT * FROM session WHERE {' AND '.join(begins) or '1 = 1'} ORDER BY id {order} LIMIT {SCAN_MAX}"
+        sorted_part = part if is_by_id else f"""
+            SELECT * FROM ({part}) WHERE {'expires_at > :now' if living else '1 = 1'}
+             ORDER BY {column} {direction}, id LIMIT -1
+        """
+        parameters = {"now": now, "after": after, **given}
+        rows = self.all(
+            ListedSession,
+            f"""
+            {LISTED_SESSIONS} WHERE session.id IN (
+                SELECT id FROM ({sorted_part}) AS session WHERE {where} LIMIT :limit OFFSET :offset)
+             ORDER BY session.{column} {direction}, session.id
+            """,
+            limit=limit + 1, offset=offset, **parameters,
+        )
+        is_more = len(rows) > limit
+        end = self.value(f"SELECT id FROM ({part}) LIMIT 1 OFFSET {SCAN_MAX - 1}", **parameters)  # of a full part
+        total: int = AtLeast(offset + len(rows) if rows else 0)
+        if after is None:
+            counted = self.count(
+                f"SELECT 1 FROM ({part}) AS session WHERE {where}", COUNT_LIVING_MAX if living else None, **parameters
+            )
+            total = max(total, counted) if end or isinstance(counted, AtLeast) else counted
+            total = AtLeast(total) if end else total
+        if not is_by_id or not limit:
+            return SessionPage(rows[:limit], total, None)
+        return SessionPage(rows[:limit], total, rows[limit - 1].id if is_more else end or "")
 
     def count_living(self, now: int, longest: int, most: int) -> dict[str, int]:
         """Return how many tokens and logins of browsers have not expired and have no revocation of their own.
@@ -3016,13 +3078,13 @@ class Store(Database):
         skipped = offset if rows or is_last else self.value(f"SELECT count(*) FROM ({both})", **parameters)
         return AuditPage(rows, place, max(0, offset - skipped), is_last)
 
-    def audit_between(self, wanted: AuditFilter, begin: int, end: int, columns="*") -> tuple[str, dict[str, object]]:
+    def audit_between(self, wanted: AuditFilter, begin: int, end: int) -> tuple[str, dict[str, Any]]:
         """Return a SELECT of the rows with these numbers that a filter lets through, and its parameters."""
         given = {
             name: value for name, value in msgspec.structs.asdict(wanted).items() if value != getattr(AuditFilter(), name)
         }
         where = " AND ".join(["seq BETWEEN :begin AND :end", *(AUDIT_FILTERS[name] for name in given)])
-        both = " UNION ALL ".join(f"SELECT {columns} FROM {table} WHERE {where}" for table in AUDIT_TABLES)
+        both = " UNION ALL ".join(f"SELECT * FROM {table} WHERE {where}" for table in AUDIT_TABLES)
         return both, given | {"begin": begin, "end": end}
 
     def audit_anchors(self) -> tuple[int, int]:

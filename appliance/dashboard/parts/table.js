@@ -30,31 +30,34 @@ export function useList(path, filters = {}, { size = PAGE, sort: usual = "", inn
 }
 
 /**
- * A page of the audit log, of which one request searches a part. It is searched on until the page is full, the log ends
- * or SEARCHES parts were searched; then a button leads on. What the URL has as its page is the id before which it begins.
+ * A page of a list of which one request searches a part: it is searched on until the page is full, the list ends or
+ * SEARCHES parts were searched. `cursor` is the parameter that says where a page begins.
  */
-export function useSearch(path, filters = {}, { size = PAGE, inner = false } = {}) {
+export async function search(path, filters, { begin, cursor, size = PAGE, signal }) {
+  const rows = [];
+  let [place, first, searches] = [begin, null, 0];
+  do {
+    const page = await get(path + makeQuery({ ...filters, [cursor]: place, limit: size - rows.length }), { signal });
+    first ||= page;
+    rows.push(...page.data);
+    place = page.following.get(cursor) || "";
+    searches += 1;
+  } while (place && rows.length < size && searches < SEARCHES);
+  const isWhole = !place && !begin;
+  const end = place && rows.length < size ? await get(`${path}/${place}`, { signal, passive: true }).catch(() => null) : null;
+  return {
+    rows, place, begin, size, searchedTo: end?.data.timestamp || end?.data.issued_at, atLeast: first.atLeast && !isWhole,
+    total: begin ? undefined : isWhole ? rows.length : Math.max(first.total, rows.length) || undefined,
+  };
+}
+
+/** Such a page of a room, whose place stands in the URL as its page; a button leads on. */
+export function useSearch(path, filters = {}, { size = PAGE, inner = false, cursor = "before" } = {}) {
   const named = inner ? "at" : "page";
   const { [named]: begin = "" } = route.value.query;
-  const found = useLoad(async (signal) => {
-    const rows = [];
-    let [place, first, searches] = [begin, null, 0];
-    do {
-      const page = await get(path + makeQuery({ ...filters, before: place, limit: size - rows.length }), { signal });
-      first ||= page;
-      rows.push(...page.data);
-      place = page.following.get("before") || "";
-      searches += 1;
-    } while (place && rows.length < size && searches < SEARCHES);
-    const isWhole = !place && !begin;
-    const end = place && rows.length < size ? await get(`${path}/${place}`, { signal, passive: true }).catch(() => null) : null;
-    return {
-      rows, place, begin, searchedTo: end?.data.timestamp, atLeast: first.atLeast && !isWhole,
-      total: begin ? undefined : isWhole ? rows.length : Math.max(first.total, rows.length) || undefined,
-    };
-  }, [path, makeQuery(filters), begin]);
+  const found = useLoad((signal) => search(path, filters, { begin, cursor, size, signal }), [path, makeQuery(filters), begin]);
   const isFiltered = Object.values(filters).some((value) => value !== "" && value != null);
-  return { ...found, ...found.data, data: found.data, named, size, isFiltered, isSearched: true };
+  return { ...found, ...found.data, data: found.data, named, isFiltered, isSearched: true };
 }
 
 /** Where a search goes on; back is the browser's own. */

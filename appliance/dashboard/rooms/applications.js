@@ -12,7 +12,7 @@ import { Claims } from "../parts/jwt.js";
 import { Who } from "../parts/names.js";
 import { Person } from "../parts/person.js";
 import { SecretOnce } from "../parts/secret.js";
-import { Table, useList, whole } from "../parts/table.js";
+import { Table, useList, useSearch, whole } from "../parts/table.js";
 import { toast } from "../parts/toast.js";
 import Connect from "./connect.js";
 
@@ -418,7 +418,7 @@ function Preview({ client }) {
 }
 
 function WhoIsIn({ client }) {
-  const list = useList("/sessions", { client_id: client.client_id, living: true }, { sort: "-id", inner: true });
+  const list = useSearch("/sessions", { client_id: client.client_id, living: true }, { inner: true, cursor: "after" });
   const consents = useList(path("clients", client.client_id, "consents"), {}, { inner: "consents" });
   const { act, busy, error } = useAct();
   const takeAll = async () => {

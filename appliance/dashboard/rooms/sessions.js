@@ -5,43 +5,34 @@ import { rooms, setQuery } from "../route.js";
 import { browserName, t } from "../words.js";
 import { Button, Card, Empty, Facts, Failure, Head, href, html, Icon, Loading, Name, State, useAct, useEffect, useLoad, useRef, useState, visible, When } from "../parts/base.js";
 import { ask } from "../parts/dialog.js";
-import { Table } from "../parts/table.js";
+import { search, Table } from "../parts/table.js";
 import { toast } from "../parts/toast.js";
 
 const WHAT = {
   tokens: { path: "/sessions", fixed: { living: true }, by: { person: "user_id", application: "client_id", address: "ip_address" } },
-  browsers: { path: "/browser-sessions", fixed: {}, by: { person: "user_id", address: "ip_address" },
-    end: (row) => `${Date.parse(row.last_seen_at) / 1000}-${row.id}` }, // the last used first, so an id alone is no place
+  browsers: { path: "/browser-sessions", fixed: {}, by: { person: "user_id", address: "ip_address" } },
   refresh: { path: "/refresh-tokens", fixed: {}, by: { person: "user_id" } },
 };
 const SIZE = 50;
 
-/** A page of a list that goes on behind an id: as quick deep in a million rows as at its begin. */
+/** A page of a list that goes on behind an id: as quick deep in a million rows as at its begin; back is the browser's. */
 function useRows(what, filters, { after = "", page = 1 }) {
   const { path: list, fixed } = WHAT[what];
   const ofPerson = what === "refresh" && filters.user_id;
-  const asked = ofPerson
-    ? path("refresh-tokens", "user", filters.user_id) + makeQuery({ limit: SIZE, offset: (page - 1) * SIZE || "" })
-    : list + makeQuery({ ...fixed, ...filters, limit: SIZE, after });
-  const found = useLoad((signal) => get(asked, { signal }).catch((error) => {
-    if (error.status === 404 && !error.unknownRoute) return { data: [], total: 0, next: false }; // nobody is called so
+  const asked = { ...fixed, ...filters };
+  const load = (signal) => ofPerson
+    ? get(path("refresh-tokens", "user", filters.user_id) + makeQuery({ limit: SIZE, offset: (page - 1) * SIZE || "" }), { signal })
+      .then(({ data, ...more }) => ({ ...more, rows: data, page, size: SIZE }))
+    : search(list, asked, { begin: after, cursor: "after", size: SIZE, signal }).then((data) => ({ ...data, isSearched: true }));
+  const found = useLoad((signal) => load(signal).catch((error) => {
+    if (error.status === 404 && !error.unknownRoute) return { rows: [], total: 0 }; // nobody is called so
     throw error;
-  }).then((data) => ({ ...data, what })), [asked]);
-  const data = found.data?.what === what ? found.data : null; // rows of another kind have other members
+  }).then((data) => ({ ...data, what })), [what, makeQuery(asked), after, page]);
+  const data = found.data?.what === what ? found.data : {}; // rows of another kind have other members
   return {
-    ...found, rows: data?.data, total: data?.total, atLeast: data?.atLeast, next: data?.next, sort: "",
+    ...found, rows: undefined, ...data, data: found.data, sort: "", named: ofPerson ? "page" : "after",
     isFiltered: Boolean(filters.user_id || filters.client_id || filters.ip_address || filters.sid || after),
-    ...(ofPerson ? { page, size: SIZE } : {}),
   };
-}
-
-/** The turns of a list that goes on behind an id: back is the browser's own. */
-function Turns({ list, after, end = (row) => row.id }) {
-  if (!list.rows?.length || list.page !== undefined || !(list.next || after)) return null;
-  return html`<nav class="pages" aria-label=${t("pages")}>
-    <span>${after ? "" : t(list.atLeast ? "first_of_at_least" : "first_of", { n: list.rows.length, of: list.total })}</span>
-    ${after && html`<${Button} onClick=${() => setQuery({ after: "" })}>${t("to_begin")}<//>`}
-    <${Button} disabled=${!list.next} onClick=${() => setQuery({ after: end(list.rows.at(-1)) })}>${t("next")}<//></nav>`;
 }
 
 const NONE = html`<span class="quiet none">–</span>`;
@@ -180,8 +171,7 @@ function List({ query }) {
     <${Failure} error=${error} />
     ${isOff ? html`<${Empty} title=${t("refresh_off")}><code>enable-token-refresh</code><//>` : html`
       <${Table} list=${list} columns=${columnsOf(what, end)} href=${what === "tokens" ? (row) => href(["sessions", row.id]) : null} clear=${clear}
-        caption=${t(`sessions_${what}`)} empty=${html`<${Empty} title=${t("no_sessions")}>${t(`no_sessions_${what}`)}<//>`} />
-      <${Turns} list=${list} after=${query.after} end=${WHAT[what].end} />`}`;
+        caption=${t(`sessions_${what}`)} empty=${html`<${Empty} title=${t("no_sessions")}>${t(`no_sessions_${what}`)}<//>`} />`}`;
 }
 
 /** A name as a link to its room, where there is one. */
