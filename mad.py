@@ -1548,7 +1548,7 @@ class MadClient(ApiClient):
         return self.request("GET", _path("audit-logs", id))
 
     def list_audit_actions(self) -> list[str]:
-        """GET /audit-logs/actions. Return the actions of which the log has entries."""
+        """GET /audit-logs/actions. Return the actions of which the log has, or had, entries."""
         return self.request("GET", "/audit-logs/actions", expected=(list,))
 
     def verify_audit_logs(self) -> dict:

@@ -373,6 +373,22 @@ class TestWhoIsIn:
         call("POST", "/users/alice/revoke")
         assert by("") == []
 
+    def test_of_very_many_browsers_those_that_began_last_are_listed_and_those_of_one_user_whole(
+        self, idp, call, alice, new_user, monkeypatch
+    ):
+        monkeypatch.setattr("appliance.base.store.SCAN_MAX", 3)
+        new_user("bob")
+        ids = [
+            m.sha256(m.begin_browser_session(idp, m.LOCAL, m.get_user(idp, user), ["pwd"], idp.now(), None))
+            for user in ("bob", "bob", "alice", "alice", "bob")
+        ]
+        answer = call("GET", "/browser-sessions")
+        assert {row["id"] for row in answer.json} == set(ids[2:])
+        assert (answer.headers["x-total-count"], answer.headers["x-total-count-relation"]) == ("3", "gte")
+        answer = call("GET", "/browser-sessions?user_id=bob")
+        assert {row["id"] for row in answer.json} == {ids[0], ids[1], ids[4]}
+        assert answer.headers["x-total-count"] == "3" and "x-total-count-relation" not in answer.headers
+
     def test_browsers_are_read_page_by_page_behind_the_last_row_though_others_are_used_meanwhile(
         self, idp, call, alice, new_user, clock
     ):
@@ -616,6 +632,31 @@ class TestWhatAListSaysOfClients:
         call("PUT", "/clients/off", {"is_active": False})
         assert sorted(row["client_id"] for row in call("GET", f"/clients?{query}").json) == names.split()
 
+    def test_a_list_says_of_each_what_the_client_itself_says(self, idp, call, auth, service, public, new_client):
+        new_client("bare", scopes=[])
+        scope = call("POST", "/scopes", {"name": "aaa"}).json["id"]
+        assert call("POST", "/clients/service/scopes", {"scope_ids": [scope]}).status == 200
+        auth.post("/token", {"grant_type": "client_credentials"}, auth=service)
+        idp.store.flush()
+        rows = {row["client_id"]: row for row in call("GET", "/clients").json}
+        assert rows == {name: call("GET", f"/clients/{name}").json for name in ("bare", "service", "spa")}
+        assert rows["service"]["last_token_at"] and not rows["bare"]["scopes"] and len(rows["service"]["scopes"]) > 1
+        assert call("GET", f"/scopes/{scope}/clients").json == [rows["service"]]
+
+    def test_a_long_list_asks_no_question_for_each(self, idp, call, new_client):
+        def asked():
+            said = []
+            idp.store.connection.set_trace_callback(said.append)
+            call("GET", "/clients")
+            idp.store.connection.set_trace_callback(None)
+            return len(said)
+
+        new_client("first")
+        before = asked()
+        for number in range(5):
+            new_client(f"client{number}")
+        assert asked() == before
+
     @pytest.mark.parametrize("query", ["client_type=x", "is_active=x", "grant_type=word"])
     def test_nonsense_is_refused(self, call, query):
         assert list(errors_of(call("GET", f"/clients?{query}"))) == [query.partition("=")[0]]
@@ -727,6 +768,11 @@ class TestManySessions:
         of_sessions = [sql for sql in said if "FROM session" in sql and "ORDER BY" in sql]
         assert of_sessions and all(f"LIMIT {self.PART}" in sql for sql in of_sessions)
         assert answer.headers["x-total-count-relation"] == "gte" and int(answer.headers["x-total-count"]) <= 1
+
+    @pytest.mark.parametrize("sort", ["-id", "expires_at"])
+    def test_what_is_counted_of_a_part_is_a_lower_bound(self, call, many, sort):
+        headers = call("GET", f"/sessions?client_id=service&limit=2&sort={sort}").headers
+        assert (headers["x-total-count"], headers["x-total-count-relation"]) == (str(self.PART), "gte")
 
     @pytest.mark.parametrize("sort", ["expires_at", "-expires_at"])
     @pytest.mark.parametrize("query", ["living=true", "client_id=service", ""])

@@ -280,6 +280,7 @@ class TestTheChainOfRefusals:
         with monkeypatch.context() as before:
             before.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[:number])
             store = Store.make(tmp_path / "old.db3", DATABASE_KEY, 1)
+            store.run("CREATE TABLE audit_action (action TEXT PRIMARY KEY)")  # which a later step makes
             before.setattr(store, "last_audit_seq", lambda connection: store.value("SELECT max(seq) FROM audit") or 0)
             for _ in range(3):
                 with store.transaction():
@@ -288,6 +289,7 @@ class TestTheChainOfRefusals:
             digest = store.value("SELECT row_sha256 FROM audit WHERE seq = 1")
             store.run("DELETE FROM audit WHERE seq = 1")
             store.put_meta("audit_anchor", f"1:{digest}")
+            store.run("DROP TABLE audit_action")
             store.close()
         store = Store(tmp_path / "old.db3", DATABASE_KEY)
         store.open()

@@ -140,6 +140,30 @@ class TestInspector:
 
 
 class TestAudit:
+    def test_a_long_log_is_searched_on_and_a_button_leads_further(self, console, box):  # noqa: F811
+        row = box.call_admin("GET", "/audit-logs?limit=1")
+        page = console("#/audit")
+        asked = []
+
+        def answer(route):
+            """Eleven parts of the log in which nothing is found, and one with a row."""
+            place = int((re.search("before=([0-9]+)", route.request.url) or [0, 13])[1])
+            asked.append(place)
+            link = {"Link": f'<?before={place - 1}&limit=50>; rel="next"'} if place > 2 else {}
+            headers = {"X-Total-Count": "0", "X-Total-Count-Relation": "gte"} | link
+            route.fulfill(json=[] if place > 2 else row, headers=headers)
+
+        page.route("**/audit-logs?*target=somebody*", answer)
+        page.get_by_label("Target", exact=True).fill("somebody")
+        expect(page.get_by_text("Nothing found so far.")).to_be_visible()
+        assert asked == list(range(13, 3, -1))
+        page.get_by_role("button", name="Search further back").click()
+        expect(page.locator("tbody tr")).to_have_count(1)
+        assert asked[10:] == [3, 2] and "page=3" in page.url
+        expect(page.get_by_role("button", name="Next", exact=True)).to_be_disabled()
+        page.get_by_role("button", name="To the begin").click()
+        expect(page.get_by_text("Nothing found so far.")).to_be_visible()
+
     def test_it_is_live_pauses_filters_verifies_and_is_taken_away(self, console, box):  # noqa: F811
         page = console("#/audit")
         page.get_by_role("button", name="Watch live").click()

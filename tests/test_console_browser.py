@@ -355,9 +355,15 @@ class TestApplications:
         page.get_by_role("button", name="Make another").click()
         card = page.get_by_role("region", name="This secret is shown once")
         expect(card).to_contain_text("The earlier secret works for an hour.")
+        unused = page.get_by_role("cell").filter(has_text="no use seen")
+        expect(unused).to_have_count(2)
         for secret in (made["client_secret"], card.locator("code").inner_text()):
             assert box.auth("/token", {"grant_type": "client_credentials"}, client=("rotated", secret)).status == 200
+        page.reload()
         expect(page.get_by_role("button", name="End", exact=True)).to_have_count(2)
+        expect(unused).to_have_count(0)
+        page.get_by_role("button", name="End", exact=True).last.click()
+        expect(page.get_by_role("dialog")).to_contain_text("It was last used now.")
 
     def test_the_change_of_another_is_shown_beside_ones_own(self, console, box):
         box.call_admin("POST", "/clients", {"client_id": "shared", "display_name": "Before"})

@@ -256,6 +256,22 @@ class TestSchema:
         store.flush()
         assert used() == [100]
 
+    def test_the_actions_of_a_log_of_before_are_listed_and_new_ones(self, from_before):
+        row = "INSERT INTO {} VALUES ({}, 1, 'a', '{}', '', '', '', '', '', 'x', '')"
+        store = from_before(
+            "CREATE TABLE audit_action", row.format("audit", 1, "user_created"),
+            row.format("audit", 2, "user_created"), row.format("audit_refusal", 3, "token_refused"),
+        )
+        assert store.list_audit_actions() == ["token_refused", "user_created"]
+        with store.transaction():
+            store.append_audit([(1, "a", "act", "", "", "", "", "", "")] * 2)
+            store.append_refusals([(1, "a", "another", "", "", "", "", "", "")])
+        assert store.list_audit_actions() == ["act", "another", "token_refused", "user_created"]
+        with contextlib.suppress(ValueError), store.transaction():
+            store.append_audit([(1, "a", "undone", "", "", "", "", "", "")])
+            raise ValueError
+        assert "undone" not in store.list_audit_actions()
+
     def test_an_administrator_of_before_is_signed_in_at_no_console_and_can_be(self, idp, root, monkeypatch):
         number = next(number for number, step in enumerate(MIGRATIONS) if "TABLE admin_session" in step)
         monkeypatch.setattr("appliance.base.store.MIGRATIONS", MIGRATIONS[: number + 1])
@@ -828,7 +844,7 @@ class TestRevoking:
         assert len(store.list_families_of(alice.id)) == 40
         before = store.connection.total_changes
         self.REVOCATIONS[what](idp, alice)
-        assert store.connection.total_changes - before <= 3  # the epoch, the audit row, the head of its chain
+        assert store.connection.total_changes - before <= 4  # the epoch, the audit row, the head of its chain; once, the action
         assert store.list_families_of(alice.id) == []
         assert not any(m.active_family(idp, sid) for sid in logins)
         assert all(m.is_session_revoked(row) for row in store.list_sessions()[0])
@@ -922,7 +938,7 @@ class TestRevoking:
     ):
         store, before = idp.store, idp.store.connection.total_changes
         m.delete_user(idp, m.LOCAL, alice.id)
-        assert store.connection.total_changes - before <= 4
+        assert store.connection.total_changes - before <= 5
         assert store.find_account(alice.id) is None and store.find_account_by_name("alice") is None
         assert "alice" not in [account.username for account in store.list_accounts(is_active=None)[0]]
         assert all(account.username[:8] != "deleted:" for account in store.list_accounts(is_active=None)[0])
@@ -964,7 +980,7 @@ class TestRevoking:
             store.assign_scope_to_user(f"u{number}", scope.id, 0)
         before = store.connection.total_changes
         m.delete_scope(idp, m.LOCAL, "big")
-        assert store.connection.total_changes - before <= 4
+        assert store.connection.total_changes - before <= 5
         assert store.find_scope("big") is None and store.list_scopes_of_user("u1") == []
         assert m.create_scope(idp, m.LOCAL, CreateScope(name="big")).id != scope.id
         assert max(self.slices(idp, monkeypatch)) <= 7

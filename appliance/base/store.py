@@ -116,6 +116,14 @@ class Permission(Record, frozen=True):
     modified_at: int
 
 
+class ClientDetail(Record, frozen=True):
+    """A scope of a client, by its internal id, or "" and when it got a token last."""
+
+    id: str
+    scope: str
+    last_token_at: int
+
+
 class RolePermission(Record, frozen=True):
     """A permission of a role."""
 
@@ -798,9 +806,12 @@ MIGRATIONS = (
         id INTEGER PRIMARY KEY CHECK (id = 1), name TEXT, color TEXT, logo_sha256 TEXT, logo_type TEXT NOT NULL,
         modified_at INTEGER NOT NULL, logo BLOB) STRICT;
     """,
-    # Step 18. When a secret of a client was used last: what one looks at before the old one of two is taken away.
+    # Step 18. When a secret of a client was used last: what one looks at before the old one of two is taken away. Every
+    # action that the audit log ever had a row of.
     """
     ALTER TABLE client_secret ADD COLUMN last_used_at INTEGER NOT NULL DEFAULT 0;
+    CREATE TABLE audit_action (action TEXT PRIMARY KEY) STRICT, WITHOUT ROWID;
+    INSERT INTO audit_action SELECT action FROM audit UNION SELECT action FROM audit_refusal;
     """,
 )
 
@@ -1350,9 +1361,11 @@ class Store(Database):
         # Not in the order of names where few are found, or where each row must be read to know: one by one, rows cost
         # more than the whole table.
         is_sparse = locked or totp is False or locked is False or unused_since is not None or any(few.values())
+        # Each of many holders that is counted is looked for.
+        counted = DENSE if any(held[name] and not few[name] for name in held) else None
         return self.page(
             Account, f"SELECT id, username, email, is_active, created_at, last_login_at FROM account WHERE {where}",
-            sort, limit, offset, "SELECT account.* FROM account", q=q, like=like(q), is_active=is_active,
+            sort, limit, offset, "SELECT account.* FROM account", counted, q=q, like=like(q), is_active=is_active,
             role_id=role_id, scope_id=scope_id, deleted=DELETED, admin=MAD_ADMIN_ROLE_ID, unused_since=unused_since,
             now=now, indexed=not is_sparse,
         )
@@ -1820,12 +1833,17 @@ class Store(Database):
             """,
         )
 
-    def count_users_by_role(self) -> dict[str, int]:
-        """Return how many users have each role that any has, by the id of the role."""
+    def count_users_by_role(self, ids: Iterable[str]) -> dict[str, int]:
+        """Return how many users have each of these roles that any has, by the id of the role."""
         with self.guard:
-            return dict(
-                self.connection.execute("SELECT role_id, count(*) FROM user_role GROUP BY role_id").fetchall()
-            )
+            return dict(self.connection.execute(
+                """
+                SELECT role_id, count(*) FROM user_role
+                 WHERE role_id IN (SELECT value FROM json_each(:ids))
+                 GROUP BY role_id
+                """,
+                {"ids": msgspec.json.encode(list(ids)).decode()},
+            ).fetchall())
 
     def list_roles_with(self, permission_id: str) -> list[Role]:
         """Return the roles that have a permission."""
@@ -1985,6 +2003,23 @@ class Store(Database):
             """,
             sort, limit, offset, q=q, like=like(q), scope_id=scope_id, deleted=DELETED, client_type=client_type,
             is_active=is_active, grant_type=grant_type,
+        )
+
+    def describe_clients(self, ids: Iterable[str]) -> list[ClientDetail]:
+        """Return the active scopes of these clients by name, and when each got a token last, if it ever did."""
+        return self.all(
+            ClientDetail,
+            """
+            SELECT client_id, name, 0
+              FROM client_scope JOIN scope ON scope.id = scope_id AND is_active = 1
+             WHERE client_id IN (SELECT value FROM json_each(:ids))
+             UNION ALL
+            SELECT client.id, '', last_token_at
+              FROM client JOIN client_use ON client_use.client_id = client.client_id
+             WHERE client.id IN (SELECT value FROM json_each(:ids))
+             ORDER BY 2
+            """,
+            ids=msgspec.json.encode(list(ids)).decode(),
         )
 
     def last_token_at(self, client_id: str) -> int:
@@ -2368,8 +2403,8 @@ class Store(Database):
             counted = self.count(
                 f"SELECT 1 FROM ({part}) AS session WHERE {where}", COUNT_LIVING_MAX if living else None, **parameters
             )
-            total = max(total, counted) if end or isinstance(counted, AtLeast) else counted
-            total = AtLeast(total) if end else total
+            is_bound = end or isinstance(counted, AtLeast)
+            total = AtLeast(max(total, counted)) if is_bound else counted
         if not is_by_id or not limit:
             return SessionPage(rows[:limit], total, None)
         return SessionPage(rows[:limit], total, rows[limit - 1].id if is_more else end or "")
@@ -2747,14 +2782,18 @@ class Store(Database):
         """Return the living browser sessions, the last used one first. `idle` is how many seconds one may be unused.
 
         `after` is the `last_seen_at` and the id of a row: those that follow it. At most COUNT_LIVING_MAX are counted.
+        Unless a user or an address is given, the list is of the SCAN_MAX that began last.
         """
         given = {"user_id": user_id, "ip_address": ip_address}
         where = " AND ".join(f"{name} = :{name}" for name, value in given.items() if value is not None) or "1 = 1"
+        # Rows are numbered as they are written.
+        newest = f"(SELECT * FROM browser_session ORDER BY rowid DESC LIMIT {SCAN_MAX})"
+        is_part = where == "1 = 1" and self.exists(f"SELECT 1 FROM browser_session LIMIT 1 OFFSET {SCAN_MAX}")
         # The inner SELECT sorts, in columns of this table alone, and users are read one by one until a page is full.
         # There is no index of `last_seen_at`: it would cost pages whenever a browser is seen.
         living = f"""
             SELECT {{columns}}
-              FROM (SELECT id_sha256 AS id, user_id, created_ms FROM browser_session
+              FROM (SELECT id_sha256 AS id, user_id, created_ms FROM {newest if is_part else 'browser_session'}
                      WHERE revoked_at IS NULL AND expires_at > :now AND last_seen_at + :idle > :now AND {where} {{follows}}
                      LIMIT -1) AS found
              CROSS JOIN account ON account.id = found.user_id
@@ -2777,7 +2816,8 @@ class Store(Database):
             """,
             **parameters, limit=limit, offset=offset, **({"seen": seen, "id": id} if after else {}),
         )
-        return rows, AtLeast(offset + len(rows)) if rows and total < offset + len(rows) else total
+        is_short = is_part or (rows and total < offset + len(rows))
+        return rows, AtLeast(max(total, offset + len(rows) if rows else 0)) if is_short else total
 
     def touch_browser_session(self, id_sha256: str, now: int) -> None:
         """Record that a browser session is in use."""
@@ -3014,6 +3054,9 @@ class Store(Database):
             digest = chain(digest, seq, row)
             chained.append((seq, *row[:-1], digest, row[-1]))
         connection.executemany(insert_statement(record), chained)
+        # One that is there is not written again, so this costs no page of flash.
+        actions = {(row[2],) for row in rows}
+        connection.executemany("INSERT INTO audit_action VALUES (?) ON CONFLICT DO NOTHING", actions)
         return seq, digest
 
     def note_audit(self, connection: sqlcipher3.Connection, name: str, value: str) -> None:
@@ -3121,11 +3164,9 @@ class Store(Database):
         )
         return self.value(f"SELECT at FROM ({nearest}) ORDER BY seq DESC LIMIT 1", seq=seq) or 0
 
-
     def list_audit_actions(self) -> list[str]:
-        """Return every action that the audit log has rows of."""
-        both = " UNION ".join(f"SELECT action FROM {table}" for table in AUDIT_TABLES)
-        return self.values(f"{both} ORDER BY 1")
+        """Return every action that the audit log has rows of, or had before they were purged."""
+        return self.values("SELECT action FROM audit_action ORDER BY action")
 
     def find_audit(self, seq: int) -> AuditRow | None:
         both = " UNION ALL ".join(f"SELECT * FROM {table} WHERE seq = :seq" for table in AUDIT_TABLES)
