@@ -1,6 +1,7 @@
 """The audit log: what is written down, by whom, and that nothing is done which cannot be."""
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -72,6 +73,102 @@ class TestAuditRows:
                     auth.post("/revoke", {"token": issued[f"{act}_token"]}, auth=service)
         for name in ("access_token", "refresh_token"):
             assert auth.post("/introspect", {"token": issued[name]}, auth=service).json["active"] is True
+
+
+class TestRowsOfAGroup:
+    """Members of a group append one after the other: the end of the chain is looked up and stored once for all."""
+
+    def append(self, idp, number):
+        m.audit(idp, m.LOCAL.acting_as("test"), "act", str(number))
+
+    def refuse(self, idp, number):
+        with idp.store.transaction():
+            idp.store.append_refusals([(idp.now(), "test", "refused", str(number), "", "", "", "", "failure")])
+
+    def fail(self, idp, number, append):
+        """A member that is undone, when it has appended a row."""
+        with pytest.raises(ZeroDivisionError), idp.store.transaction():
+            append(idp, number)
+            raise ZeroDivisionError
+
+    def go_on(self, idp, number, append):
+        """A member that goes on although its row is in and its end is not known."""
+        extend = idp.store.extend_chain
+
+        def fail(*words):
+            extend(*words)
+            raise sqlcipher3.OperationalError("out of memory")
+
+        with idp.store.transaction():
+            idp.store.extend_chain = fail
+            try:
+                with pytest.raises(sqlcipher3.OperationalError):
+                    append(idp, number)
+            finally:
+                del idp.store.extend_chain
+
+    @pytest.mark.parametrize("place", range(6))
+    @pytest.mark.parametrize(("way", "kind"), [
+        ("fail", "append"), ("fail", "refuse"), ("go_on", "append"), ("succeed", "refuse"),
+    ])
+    def test_whatever_becomes_of_a_member_the_chain_is_whole_and_its_end_is_noted(self, idp, place, way, kind):
+        works = [functools.partial(self.append, idp, number) for number in range(5)]
+        append = getattr(self, kind)
+        works.insert(place, functools.partial(*(
+            (append, idp, 9) if way == "succeed" else (getattr(self, way), idp, 9, append)
+        )))
+        for count in (1, 2):
+            assert idp.store.run_together(works) == [None] * 6
+            found = idp.store.verify_audit()
+            assert found["valid"] and (found["last_seq"], found["head"]) == idp.store.audit_head()
+            assert idp.store.meta("audit_head") == f"{found['last_seq']}:{found['head']}"
+            assert idp.store.count_audit("act") == count * (6 if way == "go_on" else 5)
+            assert idp.store.count_audit("refused") == count * (way == "succeed")
+        self.append(idp, 6)
+        assert idp.store.meta("audit_head") == "{}:{}".format(*idp.store.audit_head())
+        assert idp.store.verify_audit()["valid"] and not idp.store.list_audit("audit_log_cut")
+
+    def test_no_number_is_given_twice_when_a_row_of_a_refusal_is_in_and_its_end_is_not(self, idp):
+        works = [functools.partial(self.append, idp, number) for number in range(3)]
+        works.insert(1, functools.partial(self.go_on, idp, 9, self.refuse))
+        assert idp.store.run_together(works) == [None] * 4
+        numbers = [row.seq for row in idp.store.list_audit()]
+        assert len(numbers) == len(set(numbers)) == 4
+
+    def test_the_end_is_looked_up_and_stored_once(self, idp):
+        self.append(idp, 0)
+        said = []
+        idp.store.connection.set_trace_callback(said.append)
+        idp.store.run_together([functools.partial(self.append, idp, number) for number in range(20)])
+        assert len([line for line in said if line.startswith("INSERT INTO audit ")]) == 20
+        for words in ("SELECT seq, row_sha256", "INSERT INTO meta"):  # once for each group, which ends when it is old
+            assert len([line for line in said if line.startswith(words)]) == said.count("COMMIT")
+
+    def test_if_its_end_cannot_be_noted_none_of_it_is_in_force(self, idp, monkeypatch):
+        before = idp.store.count_audit()
+
+        def fail(*words):
+            raise sqlcipher3.OperationalError("database or disk is full")
+
+        def append():
+            with contextlib.suppress(Unavailable):  # the group may be too old for another member
+                self.append(idp, 1)
+
+        with monkeypatch.context() as broken:
+            broken.setattr(idp.store, "note_audit", fail)
+            assert [type(outcome) for outcome in idp.store.run_together([append] * 3)] == [Unavailable] * 3
+        assert idp.store.count_audit() == before and idp.store.group is None
+        self.append(idp, 1)
+        assert idp.store.verify_audit()["valid"] and idp.store.count_audit() == before + 1
+
+    def test_what_was_cut_off_before_is_said_once(self, idp):
+        self.append(idp, 0)
+        self.append(idp, 1)
+        idp.store.connection.execute("DELETE FROM audit WHERE seq = (SELECT max(seq) FROM audit)")
+        idp.store.run_together([functools.partial(self.append, idp, number) for number in range(5)])
+        assert [row.target for row in idp.store.list_audit("act", 5)] == ["4", "3", "2", "1", "0"]
+        assert len(idp.store.list_audit("audit_log_cut")) == 1
+        assert idp.store.meta("audit_head") == "{}:{}".format(*idp.store.audit_head())
 
 
 class TestRowsThatWereCutOff:

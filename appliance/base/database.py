@@ -238,16 +238,21 @@ class Group:
 
     It is open in the connection of the thread that began it; the holder of the write lock changes it. `size` counts
     the blocks that have run. `done` is held until `over`; `committed` is the outcome, and `error` its cause if known.
-    `left` says that the thread that began it goes on with another connection.
+    `left` says that the thread that began it goes on with another connection. `kept` is what the store remembers of
+    the transaction: it never changes, but is replaced, and is put back when a block is undone, from `kept_before`.
     """
 
-    __slots__ = ("pooled", "began", "size", "identity", "left", "over", "committed", "error", "done")
+    __slots__ = (
+        "pooled", "began", "size", "identity", "left", "over", "committed", "error", "done", "kept", "kept_before",
+    )
 
     def __init__(self, pooled: PooledConnection) -> None:
         self.pooled: Any = pooled  # None when it is over
         self.began, self.size, self.identity = time.monotonic(), 0, False
         self.left, self.over, self.committed = False, False, False
         self.error: BaseException | None = None
+        self.kept: Any = None
+        self.kept_before: Any = None
         self.done = threading.Lock()
         self.done.acquire()
 
@@ -607,6 +612,7 @@ class Database:
         if group is not None:
             try:
                 group.connection.execute("SAVEPOINT member")
+                group.kept_before = group.kept
             except BaseException:
                 self.leave_group(group, None, False)
                 raise
@@ -664,6 +670,7 @@ class Database:
                         group.pooled.since = NEVER
                 if group.size and group.connection.in_transaction:
                     group.connection.execute("ROLLBACK TO member")
+                    group.kept = group.kept_before
                     group.connection.execute("RELEASE member")
             if not group.size or not group.connection.in_transaction:
                 self.close_group(group)
@@ -675,6 +682,9 @@ class Database:
                 self.close_group(group)
             if not isinstance(problem, sqlcipher3.Error):
                 raise
+
+    def complete(self, connection: sqlcipher3.Connection, kept: Any) -> None:
+        """Write what a group has left to its end, from what the store keeps of it. Called once, before its COMMIT."""
 
     def is_gathering(self, group: Group) -> bool:
         """Return whether a group is to stay open because others are about to join it."""
@@ -693,6 +703,7 @@ class Database:
         try:
             # Requests that are queued are left to other threads: so the next group gathers while this one is synced.
             with self.blocking() if self.sync_seconds > SLOW_SECONDS else contextlib.nullcontext():
+                self.complete(group.connection, group.kept)
                 self.end(group.connection)
                 group.committed = True
             self.written_at = time.monotonic()

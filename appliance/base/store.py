@@ -467,6 +467,17 @@ class AuditRefusal(AuditRow, frozen=True):
     table = "audit_refusal"
 
 
+class AuditTail(msgspec.Struct, frozen=True):
+    """The last row of the audit chain as the members of a group have left it, and the last number of either chain.
+
+    All is 0 or "" while that has to be read again.
+    """
+
+    seq: int = 0
+    digest: str = ""
+    last_seq: int = 0
+
+
 class AuditFilter(msgspec.Struct, frozen=True):
     """What a list of the audit log is narrowed to; None leaves a column open. `target` may be in secondary too.
 
@@ -963,6 +974,9 @@ MACHINE_SESSION_INSERT = """
     VALUES (?, ?, ?, 'access', 'auth', 'client_credentials', ?, ?)
 """
 SECRET_USE_UPDATE = "UPDATE client_secret SET last_used_at = max(last_used_at, ?) WHERE id = ?"
+
+
+LAST_AUDIT = "SELECT seq, row_sha256 FROM audit ORDER BY seq DESC LIMIT 1"
 
 
 def chain(previous: str, seq: int, row: tuple) -> str:
@@ -3009,13 +3023,23 @@ class Store(Database):
         hash chain, and return its head: the number and the hash of the last row. The caller is in a transaction, so
         that no other writer extends the same hash.
 
-        The head of the chain is stored too, so that verify_audit() notices if the last rows are deleted. Batches do
-        not store it, which would cost a page of flash for each; flush() remembers theirs in memory. Where the chain
-        does not hold a head that was noted, the new rows go on from that head and not from what is left, with a row
-        that says so: the numbers that are missing stay missing, and the next row covers what was cut off.
+        The head of the chain is stored too, so that verify_audit() notices if the last rows are deleted: once for all
+        members of a group, before its commit. Batches do not store it, which would cost a page of flash for each;
+        flush() remembers theirs in memory. Where the chain does not hold a head that was noted, the new rows go on
+        from that head and not from what is left, with a row that says so: the numbers that are missing stay missing,
+        and the next row covers what was cut off. Only the first member of a group that appends looks for that: nobody
+        else writes until it is committed.
         """
+        group = None if connection else self.local.__dict__.get("group")
         connection, rows = connection or self.connection, list(rows)
-        last = connection.execute("SELECT seq, row_sha256 FROM audit ORDER BY seq DESC LIMIT 1").fetchone() or (0, "")
+        if group and rows:
+            kept = group.kept
+            group.kept = kept and AuditTail()  # until all rows are in: a caller may go on without them
+            if kept and kept.last_seq:
+                seq, digest = self.extend_chain(connection, AuditRow, kept.last_seq, kept.digest, rows)
+                group.kept = AuditTail(seq, digest, seq)
+                return seq, digest
+        last = connection.execute(LAST_AUDIT).fetchone() or (0, "")
         if not rows:
             return last
         seq, digest = self.last_audit_seq(connection), last[1]
@@ -3028,9 +3052,17 @@ class Store(Database):
             self.log("audit.cut", "error", noted=lost[0], found=last[0])
             self.batch_head = (0, "")
         head = self.extend_chain(connection, AuditRow, seq, digest, rows)
-        if lost or connection is not self.batch_connection:
+        if group:
+            group.kept = AuditTail(*head, head[0])
+        elif lost or connection is not self.batch_connection:
             self.note_audit(connection, "audit_head", f"{head[0]}:{head[1]}")
         return head
+
+    def complete(self, connection: sqlcipher3.Connection, kept: AuditTail | None) -> None:
+        """Store the head of the audit chain as the members of a group have left it."""
+        if kept:
+            last = (kept.seq, kept.digest) if kept.seq else connection.execute(LAST_AUDIT).fetchone()
+            self.note_audit(connection, "audit_head", f"{last[0]}:{last[1]}")
 
     def append_refusals(self, rows: Iterable[tuple]) -> None:
         """Append rows about what was refused, as append_audit() does, to the chain of the refusals.
@@ -3040,9 +3072,15 @@ class Store(Database):
         connection, rows = self.connection, list(rows)
         if not rows:
             return
+        group: Any = self.local.__dict__.get("group")
+        kept = group and group.kept
+        if kept:
+            group.kept = AuditTail()
         _, digest, written = self.audit_mark("audit_refusal_head")
         seq, digest = self.extend_chain(connection, AuditRefusal, self.last_audit_seq(connection), digest, rows)
         self.note_audit(connection, "audit_refusal_head", f"{seq}:{digest}:{written + len(rows)}")
+        if kept and kept.seq:
+            group.kept = AuditTail(kept.seq, kept.digest, seq)
 
     def extend_chain(
         self, connection: sqlcipher3.Connection, record: type[AuditRow], seq: int, digest: str, rows: list[tuple]
@@ -3080,7 +3118,7 @@ class Store(Database):
     def audit_head(self) -> tuple[int, str]:
         """Return the number and the hash of the last row that is no refusal, (0, "") if there is none."""
         with self.guard:
-            found = self.connection.execute("SELECT seq, row_sha256 FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
+            found = self.connection.execute(LAST_AUDIT).fetchone()
         return found or (0, "")
 
     def list_audit(
