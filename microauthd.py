@@ -56,7 +56,7 @@ import uuid
 from collections.abc import Callable, Generator
 from pathlib import Path
 from types import GeneratorType
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, TypeGuard, TypeVar
 from urllib.parse import quote, unquote_to_bytes, urlencode, urlsplit
 
 import bottle
@@ -81,7 +81,7 @@ from appliance.base.store import (
     Account, AdminSession, AtLeast, AuditFilter, AuditRow, AuthorizationCode, BrandRow, BrowserSession, Client,
     ClientRow, ClientUri, ExternalIdp, FAILURE, FOREVER, Family, Invitation, LOCKOUT_MAX, ListedRefreshToken,
     ListedSession, LoginTransaction, MAD_ADMIN_ROLE_ID, MAD_ADMIN_ROLE_NAME, OVERLAP_MAX, ParkedHints, Permission,
-    RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Store,
+    RefreshToken, Role, SEEDED_SCOPES, SLICE, SUCCESS, Scope, Session, Standing, Store,
 )
 from appliance.base.openapi import FORM, JSON, Route, Routes, describe_api, may_be_empty
 from appliance.base.objects import (
@@ -1185,7 +1185,10 @@ def revoke_user(idp: Idp, caller: Caller, user_id: str, action: str, secondary="
         audit(idp, caller, action, user_id, secondary)
 
 
-def is_still_valid(account: Account | None, issued_ms: int) -> TypeGuard[Account]:
+Standings = TypeVar("Standings", bound=Account | Standing)
+
+
+def is_still_valid(account: Standings | None, issued_ms: int) -> TypeGuard[Standings]:
     """Return whether a user exists, is active, and was not revoked since that millisecond."""
     return account is not None and bool(account.is_active) and issued_ms > account.revoked_before
 
@@ -3738,39 +3741,42 @@ def add_refresh_token(idp: Idp, client: Client, granted: Granted, family: Family
     return refresh_token
 
 
-def check_unchanged(idp: Idp, account: Account, ms: int, status=403):
-    """Raise invalid_grant if the user was deleted, revoked or deactivated since `account` was read.
+def check_unchanged(idp: Idp, account: Account, ms: int, status=403, client: ClientRow | None = None):
+    """Raise invalid_grant if the user or the client was deleted, revoked or deactivated since its row was read.
 
     Call it in the issuing transaction, where no concurrent write can follow the check.
     """
-    fresh = idp.store.find_account(account.id)
+    fresh, after = idp.store.find_standings(account.id, client.client_id if client else "")
     if not is_still_valid(fresh, ms) or fresh.revoked_before != account.revoked_before:
         raise Problem("invalid_grant", status=status, log="the user was deactivated or revoked meanwhile")
-
-
-def check_client_unchanged(idp: Idp, row: ClientRow):
-    """Raise invalid_grant if the client was deleted, revoked or deactivated since `row` was read."""
-    fresh = idp.store.find_client(row.client_id)
-    if fresh is None or not fresh.is_active or (fresh.id, fresh.revoked_before) != (row.id, row.revoked_before):
+    before = client and (client.id, client.revoked_before)
+    if before and not (after and after.is_active and (after.id, after.revoked_before) == before):
         raise Problem("invalid_grant", log="the client was switched off or revoked meanwhile")
 
 
-def begin_or_continue_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: int) -> Family | None:
-    """Begin or continue a login by spending its code or refresh token; return None if that cannot be spent.
+def continue_family(idp: Idp, client: Client, granted: Granted, caller: Caller) -> tuple[Family | None, str]:
+    """Continue a login by spending its refresh token; return None if that cannot be spent.
 
-    Reuse of a spent refresh token revokes the family.
+    A retry gets the refresh token that was issued for it before, "" otherwise; see find_retry(). Other reuse of a spent
+    refresh token revokes the family.
     """
-    now = idp.now()
+    assert granted.family
+    if idp.store.rotate_refresh_token(granted.spends, client.client_id, idp.now()):
+        return granted.family, ""
+    # Looked for only now: what could be spent has no successor.
+    if retried := find_retry(idp, client, granted.spends, granted.successor):
+        return granted.family, retried
+    spent = idp.store.find_refresh_token(granted.spends)
+    assert spent
+    if spent.rotated_at is not None:
+        revoke_reused(idp, caller, granted.family)
+    return None, ""
+
+
+def begin_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: int) -> Family | None:
+    """Begin a login, by spending its code if it has one; return None if that cannot be spent."""
+    now, code = idp.now(), granted.code
     assert granted.account
-    if granted.family:
-        if idp.store.rotate_refresh_token(granted.spends, client.client_id, now):
-            return granted.family
-        spent = idp.store.find_refresh_token(granted.spends)
-        assert spent
-        if spent.rotated_at is not None:
-            revoke_reused(idp, caller, granted.family)
-        return None
-    code = granted.code
     ended_ms = idp.store.logins_revoked_before(granted.account.id, client.client_id)
     browser = idp.store.find_browser_session(code.browser) if code and code.browser else None
     family = Family(
@@ -3948,12 +3954,13 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
     jti, now = claims["jti"], claims["iat"]
     with idp.store.transaction():
         # Checked inside the transaction: an earlier revocation is seen here, a later one covers the new rows.
-        check_unchanged(idp, account, ms, 400 if granted.spends or granted.code else 403)
-        check_client_unchanged(idp, row)
+        check_unchanged(idp, account, ms, 400 if granted.spends or granted.code else 403, row)
         if granted.code and granted.code.browser and is_logged_out(idp, granted.code.browser):
             raise Problem("invalid_grant", log="its browser was logged out meanwhile")
-        retried = find_retry(idp, client, granted.spends, granted.successor)
-        family = granted.family if retried else begin_or_continue_family(idp, client, granted, caller, ms)
+        family, retried = (
+            continue_family(idp, client, granted, caller) if granted.family
+            else (begin_family(idp, client, granted, caller, ms), "")
+        )
         if family:
             refresh_token = retried or add_refresh_token(idp, client, granted, family, jti, ms)
             idp.store.insert(

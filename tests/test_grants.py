@@ -222,6 +222,41 @@ class TestTokenAnswer:
         answer = auth.post("/token", form, auth=service)
         assert (answer.status, answer.json["error"]) == (status, "invalid_grant")
 
+    @pytest.mark.parametrize("grant", ["password", "refresh_token"])
+    @pytest.mark.parametrize(("statement", "expected"), [
+        ("UPDATE client SET is_active = 0 WHERE client_id = 'service'", "invalid_grant"),
+        ("UPDATE client SET revoked_before = 1 WHERE client_id = 'service'", "invalid_grant"),
+        ("UPDATE client SET id = 'another' WHERE client_id = 'service'", "invalid_grant"),
+        ("UPDATE client SET client_id = 'deleted:' || id WHERE client_id = 'service'", "invalid_grant"),
+        ("UPDATE client SET display_name = 'new' WHERE client_id = 'service'", None),
+        ("UPDATE client SET is_active = 0 WHERE client_id <> 'service'", None),
+    ])
+    def test_what_happens_to_a_client_between_login_and_issue_counts(
+        self, idp, auth, service, alice, log_in, monkeypatch, statement, expected, grant
+    ):
+        form = {
+            "grant_type": grant, "username": "alice", "password": PASSWORD,
+            "refresh_token": log_in(alice)["refresh_token"],
+        }
+        proven = m.GRANTS[grant]
+
+        def slowly(idp, client, params):
+            granted = proven(idp, client, params)
+            idp.store.connection.execute("PRAGMA foreign_keys = OFF")
+            idp.store.connection.execute(statement)
+            return granted
+
+        monkeypatch.setitem(m.GRANTS, grant, slowly)
+        assert auth.post("/token", form, auth=service).json.get("error") == expected
+
+    def test_a_retry_is_looked_for_only_if_the_refresh_token_cannot_be_spent(self, idp, auth, service, alice, log_in):
+        """A login has as many rows as it was refreshed: no refresh may read them all."""
+        form, said = {"grant_type": "refresh_token", "refresh_token": log_in(alice)["refresh_token"]}, []
+        idp.store.connection.set_trace_callback(said.append)
+        first = auth.post("/token", form, auth=service).json["refresh_token"]
+        assert said and not [line for line in said if "AS successor" in line]
+        assert auth.post("/token", form, auth=service).json["refresh_token"] == first
+
 
 class TestIdToken:
     """OpenID Connect Core §2, §3.1.3.6, §5.4"""

@@ -168,6 +168,14 @@ class ClientRow(Record, frozen=True):
     are_grants_named: int = 1  # 0 while its grant_types are those of a default
 
 
+class Standing(Record, frozen=True):
+    """The columns of a user or a client that say whether what was issued to it is still valid."""
+
+    id: str
+    is_active: int
+    revoked_before: int
+
+
 class Secret(Record, frozen=True):
     """A secret of a client, by the client's internal id. Two are valid while one replaces the other."""
 
@@ -1336,6 +1344,23 @@ class Store(Database):
         return self.one(
             Account, "SELECT * FROM account WHERE id = :id AND username <> :deleted || id", id=id, deleted=DELETED
         )
+
+    def find_standings(self, user_id: str, client_id: str) -> tuple[Standing | None, Standing | None]:
+        """Return the standings of a user and of a client, each None if it does not exist; without a user neither."""
+        with self.guard:
+            row = self.connection.execute(
+                """
+                SELECT account.id, account.is_active, account.revoked_before,
+                       client.id, client.is_active, client.revoked_before
+                  FROM account LEFT JOIN client ON client.client_id = :client_id
+                                               AND client.client_id <> :deleted || client.id
+                 WHERE account.id = :user_id AND username <> :deleted || account.id
+                """,
+                {"user_id": user_id, "client_id": client_id, "deleted": DELETED},
+            ).fetchone()
+        if row is None:
+            return None, None
+        return Standing(*row[:3]), Standing(*row[3:]) if row[3] else None
 
     def find_account_by_name(self, username: str) -> Account | None:
         return self.one(
