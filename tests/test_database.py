@@ -480,6 +480,30 @@ class TestGroups:
         assert store.run_together(works) == [None] * 5
         assert self.written(idp) == [0, 1, 2, 3]
 
+    def test_of_those_that_run_together_only_the_first_waits_for_a_lock_and_who_comes_after_it_is_stored(self, idp, store):
+        def write(number):
+            if number == 3:
+                other.execute("ROLLBACK")
+            try:
+                store.put_meta(f"name{number}", number)
+            except Unavailable:
+                refused.append(number)
+
+        refused, other = [], idp.store.connect()
+        store.connection.execute("PRAGMA busy_timeout = 50")
+        other.execute("BEGIN IMMEDIATE")
+        assert store.run_together([functools.partial(write, number) for number in range(5)]) == [None] * 5
+        assert refused == [0, 1, 2] and self.written(idp) == [3, 4]
+        waits = [line for line in store.said if "busy_timeout" in line]
+        assert waits[1::2] == ["PRAGMA busy_timeout = 0"] * 3 and waits[2::2] == ["PRAGMA busy_timeout = 5000"] * 3
+        other.execute("BEGIN IMMEDIATE")
+        store.said.clear()
+        store.generation.locked = 1
+        for number in (5, 6):  # alone again
+            write(number)
+        assert refused[3:] == [5, 6] and store.said.count("PRAGMA busy_timeout = 50") == 2
+        other.execute("ROLLBACK")
+
     def test_threads_join_the_group_of_functions_that_run_together(self, idp, store):
         def join():
             thread = threading.Thread(target=store.put_meta, args=("name9", 9), daemon=True)

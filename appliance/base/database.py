@@ -516,14 +516,15 @@ class Database:
             if connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
                 raise sqlcipher3.OperationalError("the write-ahead log cannot be begun anew while somebody reads")
             shared.unsynced = 0
-        # One writer has already waited the full busy timeout; until the lock is free, others fail after 50 ms.
+        # One writer has already waited the full busy timeout; until the lock is free, others fail after 50 ms. Those
+        # that run_together() runs behind one that has waited fail at once: they would wait one after the other.
         if was_locked := shared.locked:
-            connection.execute("PRAGMA busy_timeout = 50")
+            connection.execute(f"PRAGMA busy_timeout = {0 if self.local.__dict__.get('has_waited') else 50}")
         try:
             connection.execute("BEGIN IMMEDIATE")
         except sqlcipher3.OperationalError as error:
             if is_busy(error):
-                shared.locked = 1
+                shared.locked, self.local.has_waited = 1, self.joined is not None
             raise
         finally:
             if was_locked:
@@ -802,7 +803,7 @@ class Database:
                 joined.append(local.joined)
                 work()
         finally:
-            local.joined = None
+            local.joined, local.has_waited = None, False
             for group in {id(group): group for groups in joined for group in groups}.values():
                 try:
                     self.finish_group(group)
