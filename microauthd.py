@@ -1627,7 +1627,7 @@ def administrative(scopes) -> set[str]:
 
 def rights_of_user(idp: Idp, user_id: str) -> set[str]:
     """Return the rights by which a user could act on others: names of `admin:` scopes, ids of privileged roles."""
-    scopes = {scope.name for scope in idp.store.list_scopes_of_user(user_id)}
+    scopes = set(idp.store.list_scope_names_of_user(user_id))
     return administrative(scopes) | {role.id for role in idp.store.list_roles_of(user_id) if role.is_privileged}
 
 
@@ -3568,7 +3568,7 @@ def client_credentials(idp: Idp, client: Client, params) -> Granted:
 
 
 def scopes_of_user(idp, user_id) -> frozenset:
-    return frozenset(scope.name for scope in idp.store.list_scopes_of_user(user_id))
+    return frozenset(idp.store.list_scope_names_of_user(user_id))
 
 
 def password_grant(idp: Idp, client: Client, params) -> Granted:
@@ -3654,8 +3654,7 @@ def check_verifier(code: AuthorizationCode, verifier: str | None) -> str:
     return "" if hmac.compare_digest(expected, code.code_challenge) else "the verifier does not match"
 
 
-def is_logged_out(idp: Idp, id_sha256: str) -> bool:
-    session = idp.store.find_browser_session(id_sha256)
+def is_logged_out(session: BrowserSession | None) -> bool:
     return session is None or session.revoked_at is not None
 
 
@@ -3696,7 +3695,10 @@ def code_grant(idp: Idp, client: Client, params) -> Granted:
         if not is_registered_uri(code.redirect_uri, client.redirect_uris)
         else check_verifier(code, params.get("code_verifier"))
         or ("its user is gone, inactive or was revoked" if not is_still_valid(account, code.issued_ms) else "")
-        or ("its browser was logged out" if code.browser and is_logged_out(idp, code.browser) else "")
+        or (
+            "its browser was logged out"
+            if code.browser and is_logged_out(idp.store.find_browser_session(code.browser)) else ""
+        )
         or ("its client was revoked" if code.issued_ms <= max(client.row.revoked_before, idp.revoked_before) else "")
     )
     # Rights that client or user lost since the code was issued do not arrive.
@@ -3773,12 +3775,16 @@ def continue_family(idp: Idp, client: Client, granted: Granted, caller: Caller) 
     return None, ""
 
 
-def begin_family(idp: Idp, client: Client, granted: Granted, caller: Caller, ms: int) -> Family | None:
-    """Begin a login, by spending its code if it has one; return None if that cannot be spent."""
+def begin_family(
+    idp: Idp, client: Client, granted: Granted, caller: Caller, ms: int, browser: BrowserSession | None
+) -> Family | None:
+    """Begin a login, by spending its code if it has one; return None if that cannot be spent.
+
+    `browser` is the session of the browser that got the code.
+    """
     now, code = idp.now(), granted.code
     assert granted.account
     ended_ms = idp.store.logins_revoked_before(granted.account.id, client.client_id)
-    browser = idp.store.find_browser_session(code.browser) if code and code.browser else None
     family = Family(
         sid=code.sid if code else new_sid(ms), user_id=granted.account.id, client_id=client.client_id,
         scope=granted.scope, amr=" ".join(granted.amr), auth_time=granted.auth_time, nonce=granted.nonce,
@@ -3955,11 +3961,13 @@ def issue_user(idp: Idp, client: Client, granted: Granted, caller: Caller) -> di
     with idp.store.transaction():
         # Checked inside the transaction: an earlier revocation is seen here, a later one covers the new rows.
         check_unchanged(idp, account, ms, 400 if granted.spends or granted.code else 403, row)
-        if granted.code and granted.code.browser and is_logged_out(idp, granted.code.browser):
+        code_browser = granted.code.browser if granted.code else ""
+        browser = idp.store.find_browser_session(code_browser) if code_browser else None
+        if code_browser and is_logged_out(browser):
             raise Problem("invalid_grant", log="its browser was logged out meanwhile")
         family, retried = (
             continue_family(idp, client, granted, caller) if granted.family
-            else (begin_family(idp, client, granted, caller, ms), "")
+            else (begin_family(idp, client, granted, caller, ms, browser), "")
         )
         if family:
             refresh_token = retried or add_refresh_token(idp, client, granted, family, jti, ms)

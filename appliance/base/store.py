@@ -1932,9 +1932,12 @@ class Store(Database):
 
     def find_scope_names(self, names: Iterable[str]) -> list[str]:
         """Return those of the names that an active scope has."""
+        names = list(names)
+        if not names:
+            return []
         return self.values(
             "SELECT name FROM scope WHERE is_active = 1 AND name IN (SELECT value FROM json_each(:names))",
-            names=msgspec.json.encode(list(names)).decode(),
+            names=msgspec.json.encode(names).decode(),
         )
 
     def list_scopes(
@@ -1976,6 +1979,13 @@ class Store(Database):
              WHERE user_id = :user_id AND is_active = 1
              ORDER BY name
             """,
+            user_id=user_id,
+        )
+
+    def list_scope_names_of_user(self, user_id: str) -> list[str]:
+        """Return the names of the active scopes of a user."""
+        return self.values(
+            "SELECT name FROM scope JOIN user_scope ON scope.id = scope_id WHERE user_id = :user_id AND is_active = 1",
             user_id=user_id,
         )
 
