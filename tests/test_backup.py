@@ -10,6 +10,7 @@ import re
 import resource
 import signal
 import stat
+import subprocess
 import threading
 import time
 
@@ -496,6 +497,42 @@ class TestBackupsByThemselves:
 
         assert in_child(work) == 0
         assert states(tmp_path / "backups") == before
+
+    @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+    def test_a_disk_that_fills_while_one_is_written_is_said_and_the_next_try_succeeds(
+        self, idp, run, clock, tmp_path, monkeypatch
+    ):
+        folder, real = tmp_path / "backups", Store.copy_to
+        folder.mkdir(mode=0o700)
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m,mode=0700", "tmpfs", folder], capture_output=True)
+        if mounted.returncode:
+            pytest.skip("nothing can be mounted here")
+        try:
+            run()
+            before = states(folder)
+            clock.pass_(DAY)
+
+            def fill_and_copy(store, *words):
+                """There was room when it began: something else takes it, all but 100 kB."""
+                room = os.statvfs(folder)
+                (folder / "of-others").write_bytes(bytes(room.f_bavail * room.f_frsize - 102_400))
+                real(store, *words)
+
+            monkeypatch.setattr(Store, "copy_to", fill_and_copy)
+            failed = run()
+            monkeypatch.setattr(Store, "copy_to", real)
+            assert re.search("cannot be written: .*full", failed.failure) and failed.next_at == idp.now() + 60
+            (folder / "of-others").unlink()
+            assert states(folder) == before, "nothing half-written, and no older one less"
+            (found,) = gather_status(idp, 0, {}).attention
+            assert (found.code, found.severity) == ("backup_failed", "error") and failed.failure in found.text
+            assert failed.failure in self.said(idp)
+            assert re.search('^microauthd_backups_total{.*"failure".*} 1$', show_metrics(idp.counters.totals()), re.M)
+            clock.pass_(60)
+            assert run().failure == "" and gather_status(idp, 0, {}).attention == []
+            assert len(self.names(idp)) == 2 and states(folder).items() > before.items()
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)
 
     def test_it_is_tried_again_later_and_later_and_well_again_nothing_is_left_of_it(self, idp, run, clock, tmp_path):
         (tmp_path / "seal.key").rename(tmp_path / "away")
