@@ -13,6 +13,7 @@
     upkeep, backup                      purging, key states, the clock's thread; one file that restores a box
     authority                           the box's own CA, and the certificate that it makes and renews
     figures                             what metrics say of the machine, and figures over time
+    release                             which release an archive is of, and what may replace it
     rings                               the key rings: what signs, rotation, the revocation of a stolen key
     ────────────────────────────────────────────────────────────────────────────────────────────────
     microauthd                          the server: one Bottle module with every rule and every route

@@ -437,6 +437,7 @@ def run_serve(options: Options, line: CommandLine) -> int:
     return serve(options)
 
 
+DOWNGRADE = Flag("--downgrade", "take an older release than the installed one, if it knows the schema of the database")
 SERVICE_FLAGS = (
     Flag("--prefix", "where the program lies (/opt/microauthd)", "DIR"),
     Flag("--user", "whom the server runs as (microauthd)", "NAME"),
@@ -514,14 +515,16 @@ COMMANDS = {
         Command(
             "install", "make it a service of this machine, or repair and upgrade that", usage=(
                 "[--answers FILE] [--sockets] [--prefix DIR] [--user NAME] [--data DIR] [--root DIR]",
-                "[--yes | --dry-run] ...",
+                "[--yes | --dry-run] [--downgrade] ...",
             ),
             description="As root, copy the program, make its user, folders, commands, manual pages and units, and "
             "start the service; each step is printed first. Without --answers the set-up asks its questions on the "
-            "terminal. To do it again repairs what is missing or changed; settings and data are left as they are.",
+            "terminal. To do it again repairs what is missing or changed; settings and data are left as they are. A "
+            "program older than the installed one is refused.",
             flags=(
                 Flag("--answers", "set up from this file at the first start of the service", "FILE"),
                 Flag("--sockets", "have systemd listen, also on ports below 1024, and keep connections in a restart"),
+                DOWNGRADE,
                 *SERVICE_FLAGS,
             ),
             examples=("install", "install --answers answers.toml --yes", "install --dry-run"),
@@ -562,7 +565,8 @@ COMMANDS = {
             "upgrade FILE", "replace the program by a newer archive; goes back by itself if that does not become ready",
             run_upgrade_steps,
             (
-                "FILE [--unsigned | --trusted-keys KEYS] [--dry-run] [--yes] [--no-backup] [--wait SECONDS]",
+                "FILE [--unsigned | --trusted-keys KEYS] [--downgrade] [--dry-run] [--yes] [--no-backup] "
+                "[--wait SECONDS]",
                 "--at-data -",
             ),
             "Check the signature FILE.sig and the self-test of a newer archive, make a backup, replace the file that "
@@ -572,6 +576,7 @@ COMMANDS = {
             "finishes, or goes back.",
             (
                 Flag("--unsigned", "do without a signature"),
+                DOWNGRADE,
                 Flag("--trusted-keys", "the public keys to trust, instead of /etc/microauthd/trusted-keys", "KEYS"),
                 Flag("--dry-run", "check, say what would be done, and change nothing"),
                 Flag("--yes", "do not ask"),
@@ -745,7 +750,8 @@ def run_service(name: str, line: CommandLine) -> int:
         sockets = layout.sockets or "--sockets" in line.flags
         layout = msgspec.structs.replace(layout, sockets=sockets, python=python_of(root))
     request = Request(
-        layout, line.values.get("--answers", ""), *(flag in line.flags for flag in ("--yes", "--dry-run", "--purge"))
+        layout, line.values.get("--answers", ""),
+        *(flag in line.flags for flag in ("--yes", "--dry-run", "--purge", "--downgrade")),
     )
     commands = {command.name: [*(flag.name for flag in command.flags), "--help"] for command in COMMANDS.values()}
     commands["serve"] += [f"--{option.name}" for option in OPTIONS if not option.secret]

@@ -23,6 +23,7 @@ import msgspec
 from appliance.base import StartupError
 from appliance.base.files import check_folder, existing_folder, open_owned, read_owned, sync_directory
 from appliance.base.settings import OPTION_NAMES, OPTIONS, Options, load_options, write_config
+from appliance.release import THIS, check_not_older, read_release
 from appliance.help import completion_script, manual_page, topics
 
 # == Layout ====================================================================
@@ -444,13 +445,16 @@ def read_answers(path: str) -> tuple[bytes, dict]:
     return content, document
 
 
-def archive_step(layout: Layout, source: str) -> Iterator[Step]:
+def archive_step(layout: Layout, source: str, is_downgrade: bool) -> Iterator[Step]:
+    """The program. Raises StartupError if it is older than the one that is there: see release.check_not_older()."""
     target = layout.at(layout.archive)
     with contextlib.suppress(OSError):
         if os.path.samefile(source, target) or filecmp.cmp(source, target, shallow=False):
             source = target
     if source == target and is_as_wanted(layout, target, 0o755, "root"):
         return
+    if installed := read_release(target):
+        check_not_older(installed, read_release(source) or THIS, is_downgrade)
 
     def do():
         make_folders(target)
@@ -460,7 +464,9 @@ def archive_step(layout: Layout, source: str) -> Iterator[Step]:
     yield Step(f"copy {source} to {layout.archive}", do)
 
 
-def plan(layout: Layout, source: str, answers: str, commands: dict[str, list[str]]) -> Iterator[Step]:
+def plan(
+    layout: Layout, source: str, answers: str, commands: dict[str, list[str]], is_downgrade: bool = False
+) -> Iterator[Step]:
     """Yield the steps of an installation, in their order. Raises StartupError, before any of them, where one cannot be.
     """
     content, document = read_answers(answers) if answers else (b"", {})
@@ -472,7 +478,7 @@ def plan(layout: Layout, source: str, answers: str, commands: dict[str, list[str
     yield from folder_step(layout, CONFIG, 0o755, "root")
     yield from folder_step(layout, CONFIG + "/credentials", 0o750, "group")
     yield from data_step(layout)
-    yield from archive_step(layout, source)
+    yield from archive_step(layout, source, is_downgrade)
     yield from folder_step(layout, layout.prefix + "/code", 0o755, "group")  # which may lock what it runs
     if settings_of(layout) is None:
         yield from file_step(layout, CONFIG + "/mad.conf", first_settings(layout), 0o640, "group")
@@ -514,6 +520,7 @@ class Request(msgspec.Struct, frozen=True):
     yes: bool = False
     dry_run: bool = False
     purge: bool = False
+    downgrade: bool = False
 
 
 def agree(request: Request, steps: list[Step], question: str) -> bool:
@@ -602,7 +609,7 @@ def install(request: Request, source: str, commands: dict[str, list[str]]) -> in
         raise StartupError("install copies the archive microauthd.pyz, and this runs from a folder: build/pyz makes it")
     check_layout(layout)
     with seen_before():
-        steps = list(plan(layout, source, request.answers, commands))
+        steps = list(plan(layout, source, request.answers, commands, request.downgrade))
     if not agree(request, steps, "Install this?"):
         return 0
     carry_out(steps)

@@ -23,9 +23,9 @@ from appliance.base import StartupError
 from appliance.base.clock import sleep
 from appliance.base.files import close_lock, open_lock, open_owned, read_owned, show_path, sync_directory, write_durably
 from appliance.base.settings import Options, take_secrets
-from appliance.base.store import MIGRATIONS
 from appliance.base.wal import forget_mark
 from microauthd import HERE, VERSION
+from appliance.release import Release, THIS, check_not_older, read_release
 from appliance.backup import backup_files
 from appliance.status import TRIAL_SUFFIX, list_children
 from appliance.processes import ACCEPTED, GOING_BACK, READY, TRIED, ask_ready, find_server, fork_as, hold_database
@@ -129,8 +129,8 @@ def run_archive(archive: str, *words: str, environ: Mapping[str, str]) -> str:
     return done.stdout
 
 
-def check_program(archive: str, environ: Mapping[str, str]) -> str:
-    """Run the self-test of a new archive, and return its version. Raises StartupError if it fails or is too old."""
+def check_program(archive: str, environ: Mapping[str, str]) -> Release:
+    """Run the self-test of a new archive, and return its release. Raises StartupError if it fails."""
     cache = archive + ".unpacked"
     shutil.rmtree(cache, ignore_errors=True)  # of an upgrade that was killed
     os.mkdir(cache, 0o700)
@@ -139,16 +139,11 @@ def check_program(archive: str, environ: Mapping[str, str]) -> str:
         environ |= {"MICROAUTHD_CACHE": cache}
         run_archive(archive, "selftest", environ=environ)
         told = json.loads(run_archive(archive, "version", "--json", environ=environ))
-        version, schema = str(told["version"]), int(told["schema"])
+        return Release(str(told["version"]), int(told["schema"]))
     except (ValueError, KeyError, TypeError):
         raise StartupError("the new archive does not say which schema it has: it is older than this one") from None
     finally:
         shutil.rmtree(cache, ignore_errors=True)
-    if schema < len(MIGRATIONS):
-        raise StartupError(
-            f"the new archive is of an older release: it knows schema {schema}, and the database has {len(MIGRATIONS)}"
-        )
-    return version
 
 
 # == Data ======================================================================
@@ -634,7 +629,7 @@ class Upgrade:
 
     # -- before anything changes --
 
-    def check(self, source: str, is_unsigned: bool, keys: str) -> str:
+    def check(self, source: str, is_unsigned: bool, keys: str, is_downgrade: bool) -> str:
         """Copy a new archive beside the installed one and check the copy. Return its version. Raises StartupError."""
         signature = b""
         if not is_unsigned:
@@ -654,7 +649,9 @@ class Upgrade:
         if not is_unsigned:
             check_signature(digest, signature, read_trusted_keys(keys))
         os.chmod(self.staged, os.stat(self.archive).st_mode & 0o777)
-        return check_program(self.staged, self.environ)
+        new = check_program(self.staged, self.environ)
+        check_not_older(read_release(self.archive) or THIS, new, is_downgrade)
+        return new.version
 
     # -- the change --
 
@@ -884,7 +881,7 @@ def upgrade_alone(work: Upgrade, source: str, flags: list[str], keys: str) -> in
         running = find_running(found["pid"], found["uid"], work.archive, work.environ)
         if found["free"] < (1 if "--no-backup" in flags else 2) * found["size"] + 16_000_000:
             raise StartupError(f"there is no room for a backup and a copy of the database beside {found['database']}")
-        version = work.check(source, "--unsigned" in flags, keys)
+        version = work.check(source, "--unsigned" in flags, keys, "--downgrade" in flags)
         plan = f"microauthd {VERSION} is replaced by {version} in {work.archive}; {describe_restart(running)}"
         if "--dry-run" in flags:
             print(f"{plan}. Nothing was done")

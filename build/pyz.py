@@ -142,6 +142,12 @@ def directory_digest(archive) -> bytes:
     )
 
 
+def release() -> str:
+    """Return what `version --json` prints, so that an archive tells its release without being run."""
+    command = [sys.executable, str(ROOT / "microauthd.py"), "version", "--json"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def write_file(target: Path, content: bytes, mode: int):
     """Write a file whole or not at all, with this mode whatever the umask is."""
     temporary = target.with_name(target.name + ".new")
@@ -252,6 +258,7 @@ def build(targets: list[Target], target: Path, trusted: bytes, own_wheels: list[
         members = pack(Path(name), files)
     members += store_native(contents.native)
     members.append(("__main__.py", (ROOT / "build" / "main.py").read_bytes()))
+    members.append(("release.json", release().encode()))
     members += filter(None, compiled.values())
     archive = make_archive(members)
     digest = hashlib.sha256(archive).hexdigest()

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,15 +28,18 @@ from appliance.base.settings import (
     OPTION_NAMES, OPTIONS, Options, is_in_file, load_options, read_variables, setup_variables,
 )
 from appliance.commands import COMMANDS
+from appliance.base.store import MIGRATIONS
 from appliance.help import completion_script, manual_page, roff_text
 from appliance.base.metrics import Counters
 from appliance.processes import STUCK_SECONDS, Supervisor, Watchdog, journal_socket, reap_orphans, take_sockets, use_addresses
 
 from appliance.recovery import Answers, recover_setup, set_up
+from appliance.release import MEMBER
 from appliance.service import (
     UNITS, Layout, Request, check_layout, credential_lines, fill, first_settings, install, plan, read_answers, removal,
     uninstall, unit_files, write_file,
 )
+from microauthd import VERSION
 
 
 def listener(family=socket.AF_INET, kind=socket.SOCK_STREAM, address=("127.0.0.1", 0), listening=True):
@@ -557,6 +561,33 @@ class TestInstall:
             name: before[name] for name in before if name != "etc/microauthd/install.json"
         }
         assert "ListenStream=127.0.0.1:443\n" in (tree / "etc/systemd/system/microauthd-auth.socket").read_text()
+
+    @pytest.mark.parametrize(
+        "installed, is_meant, said",
+        [
+            (("0.0.1", 0), False, ""), ((VERSION, 0), False, ""), (("99.0", 0), False, "older than 99.0.*--downgrade"),
+            (("99.0", 0), True, ""), (("99.0", 1), False, "an older release: it knows schema"),
+            (("99.0", 1), True, "an older release: it knows schema"), (("0.0.1", -1), False, ""), (None, False, ""),
+        ],
+    )
+    def test_an_older_program_does_not_take_the_place_of_a_newer_one_unless_that_is_meant(
+        self, tree, tmp_path, installed, is_meant, said
+    ):
+        layout = Layout(root=str(tree))
+        target = Path(layout.at(layout.archive))
+        target.parent.mkdir(parents=True)
+        with zipfile.ZipFile(target, "w") as archive:
+            if installed:
+                release = {"version": installed[0], "schema": len(MIGRATIONS) + installed[1]}
+                archive.writestr(MEMBER, json.dumps(release))
+        before = contents(tree)
+        if said:
+            with pytest.raises(StartupError, match=said):
+                install(Request(layout, yes=True, downgrade=is_meant), str(ARCHIVE), COMMAND_WORDS)
+            assert contents(tree) == before
+            return
+        steps = [step.text for step in plan(layout, str(ARCHIVE), "", COMMAND_WORDS, is_meant)]
+        assert f"copy {ARCHIVE} to /opt/microauthd/microauthd.pyz" in steps
 
     @needs_root
     @pytest.mark.parametrize("path", ["usr/local/bin/mad", "usr/local/bin/microauthd", "etc/systemd/system/microauthd.service"])

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import re
 import resource
@@ -30,6 +31,7 @@ from appliance.base import StartupError
 from appliance.base.store import MIGRATIONS
 from appliance.processes import ACCEPTED, GOING_BACK, find_server, hold_database, is_on_trial
 from appliance.recovery import hold_setup
+from appliance.release import MEMBER
 from appliance.upgrade import (
     DataSide, Running, check_signature, copy_archive, find_running, parse_trusted_keys, read_environ, read_trusted_keys,
     recover_upgrade,
@@ -41,16 +43,19 @@ NEW = "99.1"
 SUFFIX = extension_suffixes()[0]
 PLATFORM = SUFFIX[1:-3].split("-", 2)[2]
 MIGRATION = '\nMIGRATIONS += ("CREATE TABLE upgraded (x TEXT) STRICT;",)\n'
-CHANGES = {  # of a release: {name: {member: (pattern, replacement)}}
-    "good": {"appliance/base/store.py": (r"\Z", MIGRATION)},
+CHANGES = {  # of a release: {name: {member: (pattern, replacement), "version": and "schema": how much newer that is}}
+    "good": {"appliance/base/store.py": (r"\Z", MIGRATION), "schema": 1},
+    "a downgrade": {"version": "0.0.9"},
     "no selftest": {"appliance/commands.py": (r"(?m)^    failed = 0$", "    failed = 1")},
-    "older": {"appliance/base/store.py": (r"\Z", "\nMIGRATIONS = MIGRATIONS[:-1]\n")},
+    "older": {"appliance/base/store.py": (r"\Z", "\nMIGRATIONS = MIGRATIONS[:-1]\n"), "schema": -1},
     "not ready": {
         "appliance/base/store.py": (r"\Z", MIGRATION), "microauthd.py": ('"database": True}', '"database": False}'),
+        "schema": 1,
     },
     "no start": {
         "appliance/base/store.py": (r"\Z", MIGRATION),
         "appliance/processes.py": (r"(?m)^    auth_sockets, admin_socket = bind_ports", "    raise StartupError('no')\n    x, y = z"),
+        "schema": 1,
     },
 }
 
@@ -60,7 +65,7 @@ def repack(target, changes):
 
     What other processors and other Pythons need, four fifths of it, is left out: each upgrade copies all.
     """
-    listing = ""
+    listing, version = "", changes.get("version", NEW)
     with zipfile.ZipFile(ARCHIVE) as old, open(target, "wb") as file:
         file.write(b"#!/usr/bin/python3 -I\n")
         with zipfile.ZipFile(file, "w") as new:
@@ -77,7 +82,10 @@ def repack(target, changes):
                     assert text != content.decode(), (name, pattern)
                     content = text.encode()
                 if name == "microauthd.py":
-                    content = content.replace(f'VERSION = "{VERSION}"'.encode(), f'VERSION = "{NEW}"'.encode())
+                    content = content.replace(f'VERSION = "{VERSION}"'.encode(), f'VERSION = "{version}"'.encode())
+                if name == MEMBER:
+                    release = {"version": version, "schema": len(MIGRATIONS) + changes.get("schema", 0)}
+                    content = json.dumps(release).encode()
                 if name == "build-id":
                     content = hashlib.sha256(repr(changes).encode()).hexdigest()[:20].encode()
                 copy = zipfile.ZipInfo(info.filename, (1980, 1, 1, 0, 0, 0))
@@ -520,6 +528,7 @@ class TestRefused:
             ("no selftest", "selftest of the new archive fails"), ("older", "of an older release"),
             ("damaged", "selftest of the new archive fails"), ("missing", "there is no file"),
             ("a dry run", ""), ("nobody to ask", "--yes says"),
+            ("a downgrade", "0.0.9 is older than .*--downgrade says"),
         ],
     )
     def test_it_is_said_and_nothing_changes(self, box, releases, tmp_path, case, reason):
@@ -614,6 +623,22 @@ class TestUpgrade:
         done = upgrade(box, releases("good"), "--unsigned", "--no-backup")
         assert done.returncode == 0 and version(box) == NEW, done
         assert box.admin("GET", "/users", bearer=bearer).status == 200 and left_over(box) == []
+
+    def test_an_older_one_is_taken_where_it_is_meant_and_the_database_stays(self, box, releases):
+        box.start()
+        bearer, archive = box.admin_token(), releases("a downgrade")
+        key = TestTheSignature.KEY
+        keys = box.folder / "keys"
+        keys.write_bytes(b"ed25519 " + base64.b64encode(key.public_key().public_bytes_raw()) + b" x\n")
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        Path(f"{archive}.sig").write_bytes(TestTheSignature().signed(key, digest))
+        refused = upgrade(box, archive, "--no-backup", "--trusted-keys", str(keys))
+        assert refused.returncode == 1 and "0.0.9 is older" in refused.stderr and version(box) == VERSION, refused
+        done = upgrade(box, archive, "--no-backup", "--trusted-keys", str(keys), "--downgrade")
+        assert done.returncode == 0 and version(box) == "0.0.9", done
+        assert box.admin("GET", "/users", bearer=bearer).status == 200 and left_over(box) == []
+        back = upgrade(box, f"{box.archive}.previous", "--no-backup", "--unsigned")
+        assert back.returncode == 0 and version(box) == VERSION, back
 
     def test_without_a_server_the_file_is_replaced(self, box, releases):
         done = upgrade(box, releases("good"), "--unsigned")
