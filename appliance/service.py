@@ -32,6 +32,7 @@ from appliance.help import completion_script, manual_page, topics
 
 CONFIG = "/etc/microauthd"
 RECORD = CONFIG + "/install.json"
+ERRORS = "/var/log/microauthd.err"  # what a start under OpenRC is refused for
 UNITS = Path(__file__).parent / "units"
 OURS = b"ritten by microauthd install"  # in each file that an installation may replace and remove
 SOCKETS = ("microauthd-auth.socket", "microauthd-admin.socket")
@@ -301,9 +302,10 @@ def fill(layout: Layout, name: str, **more: str) -> bytes:
     """Return a template of appliance/units with the paths of this installation."""
     words = {
         "PREFIX": layout.prefix, "USER": layout.user, "DATA": layout.data, "PYTHON": layout.python, "CONFIG": CONFIG,
-        **more,
+        "ERRORS": ERRORS,
+        "SOCKETS": f"Sockets={' '.join(SOCKETS)}\n" if layout.sockets else "", **more,
     }  # fmt: skip
-    text = (UNITS / name).read_text("utf-8").replace("@CREDENTIALS@\n", "@CREDENTIALS@")  # lines, or none
+    text = re.sub("@(CREDENTIALS|SOCKETS)@\n", r"@\1@", (UNITS / name).read_text("utf-8"))  # lines, or none
     return re.sub("@([A-Z0-9]+)@", lambda found: words[found[1]], text).encode()
 
 
@@ -655,6 +657,8 @@ def purge_steps(layout: Layout) -> Iterator[Step]:
     for path in (layout.data, CONFIG):
         if os.path.isdir(layout.at(path)) and not os.path.islink(layout.at(path)):
             yield Step(f"remove {path} with all that is in it", functools.partial(shutil.rmtree, layout.at(path)))
+    if os.path.lexists(layout.at(ERRORS)):
+        yield Step(f"remove {ERRORS}", functools.partial(remove_file, layout.at(ERRORS)))
     if user and user[2] == layout.data:  # as user_step() makes it: not one that was there before
         root = [] if layout.root == "/" else ["--root", layout.root]
         name = "userdel" if shutil.which("userdel") else "deluser"

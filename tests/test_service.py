@@ -557,9 +557,14 @@ class TestInstall:
         repaired = self.install(tree, "--yes", "--sockets")
         assert repaired.returncode == 0, repaired.stderr
         after = contents(tree)
-        assert {name: after[name] for name in before if name != "etc/microauthd/install.json"} == {
-            name: before[name] for name in before if name != "etc/microauthd/install.json"
+        unit = "etc/systemd/system/microauthd.service"
+        changed = {"etc/microauthd/install.json", unit}  # which tell of the sockets
+        assert {name: after[name] for name in before if name not in changed} == {
+            name: before[name] for name in before if name not in changed
         }
+        assert after[unit][2] == before[unit][2].replace(
+            b"SyslogIdentifier", b"Sockets=microauthd-auth.socket microauthd-admin.socket\nSyslogIdentifier"
+        )
         assert "ListenStream=127.0.0.1:443\n" in (tree / "etc/systemd/system/microauthd-auth.socket").read_text()
 
     @pytest.mark.parametrize(
@@ -617,7 +622,10 @@ class TestInstall:
         (tree / "usr/local/bin/mad").unlink()
         assert self.install(tree, "--yes", *where).returncode == 0
         assert "every account" in (tree / "srv/data/mad.db3").read_text()
+        (tree / "var/log").mkdir(parents=True)
+        (tree / "var/log/microauthd.err").touch()
         assert run_archive("uninstall", "--root", tree, "--yes", "--purge").returncode == 0
+        assert not (tree / "var/log/microauthd.err").exists()
         assert not (tree / "srv/data").exists() and not (tree / "etc/microauthd").exists()
         assert "keeper" not in (tree / "etc/passwd").read_text()
 
@@ -748,6 +756,8 @@ class TestUnit:
             target.touch(0o755)
         (root / "etc/systemd/system").mkdir(parents=True)
         names = []
+        unit.write_bytes(fill(Layout(user="daemon", python=sys.executable, sockets=True), unit.name, CREDENTIALS=""))
+        assert "\nSockets=microauthd-auth.socket microauthd-admin.socket\n" in unit.read_text()
         for side in ("auth", "admin"):
             names.append(f"microauthd-{side}.socket")
             text = fill(Layout(), names[-1], ADDRESS="127.0.0.1:443", V6ONLY="ipv6-only")
