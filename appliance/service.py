@@ -594,9 +594,11 @@ def say_how_to_start(layout: Layout):
     elif os.path.isdir("/etc/sv"):
         print("start it with ln -s /etc/sv/microauthd /var/service/, or where this runit looks for services")
     else:
+        program = f"{layout.prefix}/microauthd"
         print(
-            "there is no systemd, OpenRC or runit here, so nothing starts the server by itself: have the machine run "
-            f"{layout.prefix}/microauthd serve, as root, who becomes {layout.user}"
+            "there is no systemd, OpenRC or runit here, so nothing starts the server by itself: have the machine run, "
+            f"as root, {program} setup --first-start --answers {CONFIG}/answers.toml && {program} serve, which becomes "
+            f"{layout.user}"
         )
 
 

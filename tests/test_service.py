@@ -37,7 +37,7 @@ from appliance.recovery import Answers, recover_setup, set_up
 from appliance.release import MEMBER
 from appliance.service import (
     UNITS, Layout, Request, check_layout, credential_lines, fill, first_settings, install, plan, read_answers, removal,
-    uninstall, unit_files, write_file,
+    say_how_to_start, uninstall, unit_files, write_file,
 )
 from microauthd import VERSION
 
@@ -723,6 +723,15 @@ class TestInstall:
         layout = Layout(root=str(tree))
         assert {name.lstrip("/") for name in unit_files(layout, {})} == files
         assert b"/var/lib/microauthd/microauthd.log" in first_settings(layout)
+
+    def test_where_nothing_starts_services_it_says_the_two_commands_that_set_up_and_serve(self, monkeypatch, capsys):
+        monkeypatch.setattr("appliance.service.has_systemd", lambda layout: False)
+        monkeypatch.setattr(os.path, "exists", lambda path: False)
+        monkeypatch.setattr(os.path, "isdir", lambda path: False)
+        say_how_to_start(Layout(prefix="/srv/mad"))
+        script = fill(Layout(prefix="/srv/mad"), "runit/run").decode()
+        (first,) = re.findall(r"^(/srv/mad/microauthd setup .*) \|\| exit 1$", script, re.M)
+        assert f"{first} && /srv/mad/microauthd serve" in capsys.readouterr().out
 
     def test_from_a_folder_there_is_nothing_to_install(self):
         done = subprocess.run(
