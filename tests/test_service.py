@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -732,6 +733,43 @@ class TestInstall:
         script = fill(Layout(prefix="/srv/mad"), "runit/run").decode()
         (first,) = re.findall(r"^(/srv/mad/microauthd setup .*) \|\| exit 1$", script, re.M)
         assert f"{first} && /srv/mad/microauthd serve" in capsys.readouterr().out
+
+    @needs_root
+    def test_the_table_of_the_manual_names_every_file_with_its_owner_group_and_mode(self, tree, tmp_path):
+        text = (ROOT / "appliance/manual/microauthd.md").read_text()
+        table = re.search(r"^\| Path \| Owner:group, mode .*?\n\n", text, re.M | re.S)[0]
+        rows, links, made = {}, [], set()
+        for paths, owner, group, mode, told in re.findall(r"^\| (`/.*?) \| (\w+):(\w+) (\d{4}) \| (.*) \|$", table, re.M):
+            rows |= {path.lstrip("/"): (owner, group, int(mode, 8)) for path in re.findall("`(.*?)`", paths)}
+            links += [path.lstrip("/") for path in re.findall("`(/.*?)`", told)]
+        assert len(rows) == table.count("`/") - len(links) > 20
+        (tmp_path / "answers.toml").write_text(ANSWERS)
+        for there in ("usr/lib/systemd/systemd", "sbin/openrc-run", "etc/sv"):
+            shutil.rmtree(tree)
+            for path in ("usr/bin/python3", "etc/passwd", there):
+                (tree / path).parent.mkdir(parents=True, exist_ok=True)
+                (tree / path).mkdir() if path.endswith("sv") else (tree / path).touch()
+            (tree / "etc/passwd").write_text("root:x:0:0::/root:/bin/sh\nmicroauthd:x:990:991::/var/lib/microauthd:/bin/false\n")
+            (tree / "etc/group").write_text("root:x:0:\nmicroauthd:x:991:\n")
+            bare = {*tree.rglob("*")}
+            done = self.install(tree, "--yes", "--sockets", "--answers", tmp_path / "answers.toml")
+            assert done.returncode == 0, done.stderr
+            for path in sorted({*tree.rglob("*")} - bare):
+                name = str(path.relative_to(tree))
+                if path.is_symlink():
+                    assert name in links or f"{os.path.dirname(name)}/" in links, name
+                    continue
+                row = name if path.is_dir() or name in rows else os.path.dirname(name) + "/"
+                if path.is_dir() and row not in rows:  # one above what it names
+                    assert [wanted for wanted in (*rows, *links) if wanted.startswith(f"{name}/")], name
+                info = path.stat()
+                stands = ({0: "root", 990: "microauthd"}[info.st_uid], {0: "root", 991: "microauthd"}[info.st_gid])
+                assert (*stands, stat.S_IMODE(info.st_mode)) == rows.get(row, ("root", "root", 0o755)), name
+                assert path.is_dir() or row in rows, name
+                made.add(row)
+        assert {*rows} - made == {  # what comes later
+            "etc/microauthd/first-clients.txt", "etc/microauthd/trusted-keys", "run/microauthd", "run/microauthd/admin.sock",
+        }
 
     def test_from_a_folder_there_is_nothing_to_install(self):
         done = subprocess.run(
