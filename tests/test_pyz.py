@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from box import ARCHIVE, ROOT, Box
 from conftest import in_child
+from appliance.release import THIS, read_release
 from microauthd import VERSION
 
 
@@ -93,6 +94,9 @@ class TestBuilding:
             "site-packages/microauthd.py", "site-packages/mad.py", "site-packages/public/login.html",
             "site-packages/appliance/oobe.py",
         } <= set(names)
+
+    def test_it_tells_its_release_without_being_run(self):
+        assert read_release(str(ARCHIVE)) == THIS
 
 
 class TestMad:
