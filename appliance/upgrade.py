@@ -36,7 +36,7 @@ from appliance.recovery import COPY_SUFFIX, back_up, hold_setup, require_owner
 
 TRUSTED_KEYS = "/etc/microauthd/trusted-keys"
 COPY_SIZE = 1 << 20
-CHECK_SECONDS = 300  # for the new archive to unpack itself and to check itself, on a slow card
+CHECK_SECONDS = 900  # for the new archive to unpack itself and to check itself, on a slow board; nothing waits for it
 
 
 def parse_trusted_keys(content: str, where: str) -> list[bytes]:
@@ -460,10 +460,13 @@ class Running(msgspec.Struct):
     outputs: list[str] = []  # the files that its standard output and error go to, empty for anything else
 
 
+SYSTEMCTL_SECONDS = 660  # more than TimeoutStartSec= of the unit twice: for what runs before the start, and for that
+
+
 def systemctl(running: Running, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         ["systemctl", *(["--user"] if running.is_user_unit else []), *words], stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, errors="replace", timeout=CHECK_SECONDS,
+        capture_output=True, text=True, errors="replace", timeout=SYSTEMCTL_SECONDS,
     )
 
 
@@ -881,6 +884,7 @@ def upgrade_alone(work: Upgrade, source: str, flags: list[str], keys: str) -> in
         running = find_running(found["pid"], found["uid"], work.archive, work.environ)
         if found["free"] < (1 if "--no-backup" in flags else 2) * found["size"] + 16_000_000:
             raise StartupError(f"there is no room for a backup and a copy of the database beside {found['database']}")
+        print(f"checking {show_path(source)}", flush=True)  # it unpacks and compiles itself: minutes on a slow board
         version = work.check(source, "--unsigned" in flags, keys, "--downgrade" in flags)
         plan = f"microauthd {VERSION} is replaced by {version} in {work.archive}; {describe_restart(running)}"
         if "--dry-run" in flags:
