@@ -712,7 +712,7 @@ def command_help(command: Command) -> str:
 
 
 def show_version(args: list[str]) -> int:
-    """Print the version; as JSON also that of the database's schema, by which an upgrade knows an older release."""
+    """Print the version; as JSON also that of the database's schema: what release.json of an archive says of it."""
     if args == ["--json"]:
         print(json.dumps({"name": "microauthd", "version": VERSION, "schema": len(MIGRATIONS)}))
     elif args:

@@ -50,6 +50,14 @@ def read_release(archive: str) -> Release | None:
         return None
 
 
+def get_release(archive: str) -> Release:
+    """Return of which release a new archive is. Raises StartupError if it does not say."""
+    found = read_release(archive)
+    if not found:
+        raise StartupError("the new archive does not say of which release it is: it is damaged, or older than this one")
+    return found
+
+
 def check_not_older(installed: Release, new: Release, is_meant: bool):
     """Raise StartupError if a release must not take the place of the one that is installed.
 

@@ -25,7 +25,7 @@ from appliance.base.files import close_lock, open_lock, open_owned, read_owned, 
 from appliance.base.settings import Options, take_secrets
 from appliance.base.wal import forget_mark
 from microauthd import HERE, VERSION
-from appliance.release import Release, THIS, check_not_older, read_release
+from appliance.release import THIS, check_not_older, get_release, read_release
 from appliance.backup import backup_files
 from appliance.status import TRIAL_SUFFIX, list_children
 from appliance.processes import ACCEPTED, GOING_BACK, READY, TRIED, ask_ready, find_server, fork_as, hold_database
@@ -114,8 +114,8 @@ def copy_archive(source: str, target: str) -> str:
     return digest.hexdigest()
 
 
-def run_archive(archive: str, *words: str, environ: Mapping[str, str]) -> str:
-    """Run a command of an archive; return what it prints. Raises StartupError if it fails."""
+def run_archive(archive: str, *words: str, environ: Mapping[str, str]):
+    """Run a command of an archive. Raises StartupError if it fails."""
     try:
         done = subprocess.run(
             [sys.executable, "-I", archive, *words], env=dict(environ), stdin=subprocess.DEVNULL, capture_output=True,
@@ -126,11 +126,10 @@ def run_archive(archive: str, *words: str, environ: Mapping[str, str]) -> str:
     if done.returncode:
         told = (done.stdout + done.stderr).strip().splitlines()
         raise StartupError(f"{words[0]} of the new archive fails: " + " | ".join(told[-3:] or ["it says nothing"]))
-    return done.stdout
 
 
-def check_program(archive: str, environ: Mapping[str, str]) -> Release:
-    """Run the self-test of a new archive, and return its release. Raises StartupError if it fails."""
+def check_program(archive: str, environ: Mapping[str, str]):
+    """Run the self-test of a new archive. Raises StartupError if it fails."""
     cache = archive + ".unpacked"
     shutil.rmtree(cache, ignore_errors=True)  # of an upgrade that was killed
     os.mkdir(cache, 0o700)
@@ -138,10 +137,6 @@ def check_program(archive: str, environ: Mapping[str, str]) -> Release:
         environ = {name: value for name, value in environ.items() if not name.upper().startswith("MAD_")}
         environ |= {"MICROAUTHD_CACHE": cache}
         run_archive(archive, "selftest", environ=environ)
-        told = json.loads(run_archive(archive, "version", "--json", environ=environ))
-        return Release(str(told["version"]), int(told["schema"]))
-    except (ValueError, KeyError, TypeError):
-        raise StartupError("the new archive does not say which schema it has: it is older than this one") from None
     finally:
         shutil.rmtree(cache, ignore_errors=True)
 
@@ -652,8 +647,9 @@ class Upgrade:
         if not is_unsigned:
             check_signature(digest, signature, read_trusted_keys(keys))
         os.chmod(self.staged, os.stat(self.archive).st_mode & 0o777)
-        new = check_program(self.staged, self.environ)
-        check_not_older(read_release(self.archive) or THIS, new, is_downgrade)
+        new = get_release(self.staged)
+        check_not_older(read_release(self.archive) or THIS, new, is_downgrade)  # before anything of it is run
+        check_program(self.staged, self.environ)
         return new.version
 
     # -- the change --

@@ -9,7 +9,7 @@ import pytest
 from box import ROOT
 from appliance.base import StartupError
 from appliance.base.store import MIGRATIONS
-from appliance.release import MEMBER, THIS, Release, check_not_older, read_release, version_order
+from appliance.release import MEMBER, THIS, Release, check_not_older, get_release, read_release, version_order
 from microauthd import VERSION
 
 
@@ -60,6 +60,8 @@ class TestMember:
         with zipfile.ZipFile(tmp_path / "a.pyz", "w") as archive:
             archive.writestr("other" if content is None else MEMBER, content or b"")
         assert read_release(str(tmp_path / "a.pyz")) is None
+        with pytest.raises(StartupError, match="does not say of which release"):
+            get_release(str(tmp_path / "a.pyz"))
 
     def test_nor_is_what_is_no_archive(self, tmp_path):
         (tmp_path / "a.pyz").write_bytes(b"an older release")
@@ -70,4 +72,4 @@ class TestMember:
         told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         with zipfile.ZipFile(tmp_path / "a.pyz", "w") as archive:
             archive.writestr(MEMBER, told)
-        assert read_release(str(tmp_path / "a.pyz")) == THIS == Release(VERSION, len(MIGRATIONS)) and json.loads(told)
+        assert get_release(str(tmp_path / "a.pyz")) == THIS == Release(VERSION, len(MIGRATIONS)) and json.loads(told)
