@@ -471,6 +471,18 @@ def terminal_echo(enabled):
         termios.tcsetattr(descriptor, termios.TCSADRAIN, saved)
 
 
+def keep_returns():
+    """Have CR arrive as CR also while no question is open, so that LF behind it can be told from Enter.
+
+    terminal_echo(), which is around the whole wizard, restores the terminal. termios(3)
+    """
+    import termios
+
+    attributes = termios.tcgetattr(sys.stdin.fileno())
+    attributes[0] &= ~termios.ICRNL
+    termios.tcsetattr(sys.stdin.fileno(), termios.TCSADRAIN, attributes)
+
+
 def skip_line_feed():
     """Read the second half of CR LF, which the terminal has made a line of its own, from what was pasted.
 
@@ -628,21 +640,35 @@ class ScreenPrompter(Prompter):
         super().__init__()
         os.environ["PROMPT_TOOLKIT_COLOR_DEPTH"] = ColorDepth.DEPTH_1_BIT.value
         self.style = Style([(name, "noinherit") for name in ("qmark", "question", "answer", "instruction")])
+        self.ended_by_return = False  # whether CR ended the last answer
+        keep_returns()
 
     def read(self, question, default="", hidden=False):
         import questionary
         from prompt_toolkit.filters import Condition
         from prompt_toolkit.key_binding import KeyBindings
+        from prompt_toolkit.key_binding.key_processor import KeyPress
         from prompt_toolkit.keys import Keys
 
         pressed: list = []
+        skipped: list = []  # LF at the beginning, which is no key that somebody has pressed
+        line_feeds: list = []
         bindings = KeyBindings()
-        is_untouched = Condition(lambda: not pressed)
+        is_untouched = Condition(lambda: len(pressed) == len(skipped))
 
         def insert(event, data):
-            if not pressed:
+            if is_untouched():
                 event.current_buffer.text = ""
             event.current_buffer.insert_text(data)
+
+        @bindings.add(Keys.ControlJ)
+        def end_line(event):
+            # The second half of CR LF, from what was pasted without brackets: it belongs to the answer before.
+            if self.ended_by_return and not pressed:
+                skipped.append(event)
+            else:
+                line_feeds.append(event)
+                event.key_processor.feed(KeyPress(Keys.ControlM, "\r"), first=True)
 
         @bindings.add(Keys.BracketedPaste)
         def paste(event):
@@ -661,6 +687,7 @@ class ScreenPrompter(Prompter):
             raise InputEnded from None
         if answer is None:
             raise KeyboardInterrupt
+        self.ended_by_return = not line_feeds
         return answer
 
 

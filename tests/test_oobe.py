@@ -355,7 +355,7 @@ class TestWizard:
         assert console.end() == 0
         assert log_in(tmp_path, "root")[0].db_pass == PHRASE
 
-    @pytest.mark.parametrize("term", ["dumb"])
+    @pytest.mark.parametrize("term", ["dumb", "vt100", "linux"])
     def test_a_terminal_that_does_not_bracket_it_may_send_two_signs_for_the_end_of_a_line(self, tmp_path, term):
         console = Console(tmp_path, "--quick", term=term)
         for question, words in (*DATABASE, ("Who uses this box", "itself"), *ADMINISTRATOR, *CLIENT, ("Set it up?", "y")):
