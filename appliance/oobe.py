@@ -510,7 +510,8 @@ class Prompter:
     def __init__(self):
         self.taken: list[tuple[str, str]] = []  # questions and accepted answers, in their order
         self.replayed: list[tuple[str, str]] = []  # those still to be given again
-        self.earlier: dict[str, str] = {}  # the answers before the review was refused
+        self.earlier: dict[str, str] = {}  # the answers before a step back or the refused review: proposals
+        self.unchanged: set[str] = set()  # questions whose answer is what was proposed, which may follow from others
         self.waiting: list[str] = []  # lines for the question that follows the replayed ones
         self.kept: dict[str, str] = {}
         self.files: list[str] = []  # to be removed when the set-up ends
@@ -538,11 +539,20 @@ class Prompter:
             self.kept[name] = make()
         return self.kept[name]
 
+    def propose(self, taken):
+        for name, answer in taken:
+            if name in self.unchanged:
+                self.earlier.pop(name, None)
+            else:
+                self.earlier[name] = answer
+
     def step_back(self):
+        self.propose(self.taken)
         self.replayed, self.taken = self.taken[:-1], []
 
     def start_over(self):
-        self.earlier, self.taken = dict(self.taken[:-1]), []  # without the answer to the review
+        self.propose(self.taken[:-1])  # without the answer to the review
+        self.taken = []
 
     def replay(self, question, check):
         """Return (True, value) if this question is answered as before."""
@@ -570,12 +580,13 @@ class Prompter:
         return answer if hidden else answer.strip()
 
     def read_again(self, answer):
+        """Return False if somebody steps back from the second input: to the first. Raises ValueError."""
         try:
-            is_same = self.read_step("The same again:", hidden=True) == answer
+            if self.read_step("The same again:", hidden=True) != answer:
+                raise ValueError("the two are not the same")
         except StepBack:
-            is_same = False
-        if not is_same:
-            raise ValueError("the two are not the same")
+            return False
+        return True
 
     def ask(self, question, default="", check=str, hidden=False, repeat=False, name="", record=None):
         """Ask until `check` accepts the answer, and return the value that it returns.
@@ -591,23 +602,27 @@ class Prompter:
             print(line, flush=True)
         self.waiting = []
         earlier = "" if record else self.earlier.get(name, "")
+        proposed = default if hidden or record else self.earlier.get(name, default)
         if hidden and earlier:
             question = question.partition(" (")[0] + " (empty: as before)"
         while True:
             try:
-                answer = self.read_step(question, default if hidden else earlier or default, hidden)
+                answer = self.read_step(question, proposed, hidden)
                 is_new = bool(answer)
                 if hidden and not answer:
                     answer = earlier
                 value = check(answer)
-                if is_new and (repeat(answer) if callable(repeat) else repeat):
-                    self.read_again(answer)
+                is_repeated = is_new and (repeat(answer) if callable(repeat) else repeat)
+                if is_repeated and not self.read_again(answer):
+                    continue
             except UnicodeEncodeError:
                 self.write("that is not UTF-8: the locale of this terminal says otherwise", "  ")
             except (ValueError, StartupError) as error:
                 self.write(str(error), "  ")
             else:
                 self.taken.append((name, record(answer) if record else answer))
+                if not (hidden or record):
+                    (self.unchanged.add if answer == default else self.unchanged.discard)(name)
                 return value
 
     def ask_secret(self, question, check=str, repeat=False):

@@ -326,12 +326,28 @@ class TestWizard:
         console = Console(tmp_path, "--quick", term=term)
         console.answers((
             ("Database file?", "<"), ("this is the first question", ""), *DATABASE[1:], ITSELF, ("user name?", "rot"), ("e-mail?", "<"), ("user name?", "root"),
-            ("e-mail?", "a@box.example"), ("Administrator's password?", PASSWORD), ("The same again:", "<"), ("not the same", "<"), ("e-mail?", "<"), ("user name?", "boss"), ("e-mail?", "b@box.example"),
+            ("e-mail?", "a@box.example"), ("Administrator's password?", PASSWORD), ("The same again:", "<"), ("Administrator's password?", "<"), ("e-mail?", "<"), ("user name?", "boss"), ("e-mail?", "b@box.example"),
             *ADMINISTRATOR[2:], ("client_id of", ALL + "one"), ("audience", "<"), ("client_id of", ALL + "two"), ("audience", ""), ("scopes", ""), ("Set it up?", "<"), ("scopes", "b:read"), ("Set it up?", ""),
         ))  # fmt: skip
         assert console.end() == 0
         assert log_in(tmp_path, "boss")[1].email == "b@box.example"
         assert "two, audience two, scopes b:read" in console.text and "<" not in left(tmp_path)
+
+    @pytest.mark.parametrize("term", ["dumb", "vt100"])
+    def test_a_step_back_keeps_what_was_answered_as_proposals(self, tmp_path, term):
+        console = Console(tmp_path, "--quick", term=term)
+        back, kept = "<", ""
+        console.answers((
+            ("Database file?", ALL + "box.db3"), *DATABASE[1:], ITSELF, ("user name?", ALL + "boss"),
+            ("e-mail?", "a@box.example"), *ADMINISTRATOR[2:], ("client_id of", ALL + "one"), ("audience", ""),
+            ("scopes", back), ("audience", back), ("client_id of", back), ("second factor", back),
+            ("Administrator's password? (empty: as before)", back), ("e-mail?", back), ("user name?", kept), ("e-mail?", kept),
+            ("(empty: as before)", kept), ("second factor", ""), ("client_id of", ALL + "two"), ("audience", ""),
+            ("scopes", ""), ("Set it up?", ""),
+        ))  # fmt: skip
+        assert console.end() == 0 and (tmp_path / "box.db3").exists()
+        assert log_in(tmp_path, "boss")[1].email == "a@box.example"
+        assert "two, audience two, scopes none" in console.text, "a proposal that follows from an answer follows it still"
 
     def test_typing_replaces_what_is_proposed_and_editing_changes_it(self, tmp_path):
         console = Console(tmp_path, "--quick")
