@@ -497,6 +497,14 @@ def skip_line_feed():
             sys.stdin.readline()
 
 
+def fold(text, indent="", first=None):
+    """Break a sentence between words where it is wider than the terminal, `first` before its first line."""
+    return textwrap.fill(
+        text, min(shutil.get_terminal_size().columns, 80) - 1, initial_indent=indent if first is None else first,
+        subsequent_indent=indent, break_long_words=False, break_on_hyphens=False,  # a path stays whole
+    )
+
+
 class Prompter:
     """Asks questions, and remembers the answers: to step back, or to ask all of them again as proposals.
 
@@ -522,12 +530,7 @@ class Prompter:
 
     def write(self, text="", indent=None):
         """Print lines unchanged, or with an indent one sentence wrapped to the width of the terminal."""
-        width = min(shutil.get_terminal_size().columns, 80) - 1
-        wrapped = (
-            textwrap.fill(text, width, initial_indent=indent, subsequent_indent=indent, break_long_words=False)
-            if indent is not None
-            else text
-        )
+        wrapped = text if indent is None else fold(text, indent)
         if self.replayed:
             self.waiting.append(wrapped)
         else:
@@ -694,7 +697,8 @@ class ScreenPrompter(Prompter):
             insert(event, event.data)
 
         kind = questionary.password if hidden else questionary.text
-        asked = kind(question, default=default, style=self.style, qmark=">", key_bindings=bindings)
+        folded = fold(question, first="> ").removeprefix("> ")  # which is qmark and a blank
+        asked = kind(folded, default=default, style=self.style, qmark=">", key_bindings=bindings)
         asked.application.key_processor.after_key_press += pressed.append
         try:
             answer = asked.unsafe_ask()
@@ -713,7 +717,7 @@ class LinePrompter(Prompter):
 
     def read(self, question, default="", hidden=False):
         with terminal_echo(not hidden):  # before the question is printed, so that a fast answer is not shown
-            sys.stdout.write(f"> {question} " + (f"[{default}] " if default else ""))
+            sys.stdout.write(fold(question, first="> ") + " " + (f"[{default}] " if default else ""))
             sys.stdout.flush()
             line = sys.stdin.readline()
             if len(line) > 1:
@@ -1076,7 +1080,7 @@ def print_summary(prompter, draft, final_options, answers, is_guided):
         ]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        prompter.write(f"  {name:{width}}  {value}")
+        prompter.write(fold(value, " " * 6, f"  {name:{width}}  "))
 
 
 def describe_outcome(options):
@@ -1241,7 +1245,8 @@ def run_wizard(options, flags):
     passphrase = prompter.kept.get("passphrase", "")
     shown = passphrase if passphrase == final_options.db_pass else ""
     for line in describe_end(final_options, answers, made, shown, "--then-serve" in flags):
-        prompter.write(line)
+        is_sentence = line and not line.startswith(" ")  # what is to be copied stays as it is
+        prompter.write(line, "" if is_sentence else None)
     return 0
 
 

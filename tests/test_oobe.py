@@ -349,6 +349,16 @@ class TestWizard:
         assert log_in(tmp_path, "boss")[1].email == "a@box.example"
         assert "two, audience two, scopes none" in console.text, "a proposal that follows from an answer follows it still"
 
+    @pytest.mark.parametrize("term", ["dumb", "vt100"])
+    def test_on_a_narrow_screen_lines_are_broken_between_words(self, tmp_path, term):
+        console = Console(tmp_path, term=term)
+        console.child.setwinsize(24, 40)
+        console.answers(DATABASE)
+        console.child.expect("matter\\)")
+        lines = [COLOUR.sub("", line) for line in re.split(r"\r\n|\x1b\[\d*B|\x1b\[[0-9;]*H", console.text)]
+        assert any(re.search(r"one is$|\(empty: one is made;$", re.sub(r"\x1b\[[?0-9;]*\w", "", line).rstrip()) for line in lines)
+        console.child.close(force=True)
+
     def test_typing_replaces_what_is_proposed_and_editing_changes_it(self, tmp_path):
         console = Console(tmp_path, "--quick")
         left_arrow, backspace = "\x1b[D", "\x7f"
