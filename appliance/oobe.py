@@ -1060,12 +1060,18 @@ def ask_administrator(prompter, draft, quick):
     return ask_second_factor(prompter, quick.username, microauthd.box_name(draft.options))
 
 
+def address_of(options, server):
+    """Return address and port as a URL has them. RFC 3986 §3.2.2"""
+    ip = getattr(options, f"{server}_ip")
+    return f"{f'[{ip}]' if ':' in ip else ip}:{getattr(options, f'{server}_port')}"
+
+
 def print_summary(prompter, draft, final_options, answers, is_guided):
     rows = [
         ("config", final_options.config_file),
         ("database", f"{final_options.db_file}, {'encrypted' if final_options.db_pass or final_options.db_key_file else 'NOT encrypted'}"),
-        ("AUTH", f"{final_options.auth_ip}:{final_options.auth_port}, issuer {final_options.auth_issuer}"),
-        ("ADMIN", f"{final_options.admin_ip}:{final_options.admin_port}"),
+        ("AUTH", f"{address_of(final_options, 'auth')}, issuer {final_options.auth_issuer}"),
+        ("ADMIN", address_of(final_options, "admin")),
         ("administrator", answers.username + (", with a second factor" if answers.totp_seed else "")),
         ("first client", describe_client(answers.clients[0]) if answers.clients else "none"),
     ]

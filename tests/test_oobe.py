@@ -137,6 +137,7 @@ class TestWizard:
         options, account = log_in(tmp_path)
         assert account.email == "root@box.example" and options.enable_token_refresh
         assert options.oidc_issuer == "http://localhost:9040" and options.admin_domain_no_ssl
+        assert "127.0.0.1:9040, issuer" in console.text
         assert left(tmp_path) == WHOLE
         assert len(re.findall(r"client_secret  \S{43}\r?\n", console.text)) == 1
         for hint in (
