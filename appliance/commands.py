@@ -1001,7 +1001,7 @@ def main(argv: list[str] | None = None) -> int:
     if "--version" in argv:
         print(f"microauthd {VERSION}")
         return 0
-    os.umask(0o077)
+    umask = os.umask(0o077)
     try:
         return run(name, argv)
     except UsageError as error:
@@ -1018,6 +1018,8 @@ def main(argv: list[str] | None = None) -> int:
         return COMMANDS[name].failed
     except KeyboardInterrupt:
         return 130
+    finally:
+        os.umask(umask)  # that of a caller, who is not always a process that ends now
 
 
 if __name__ == "__main__":

@@ -198,6 +198,16 @@ class TestCommandLine:
         finally:
             os.umask(mask)
 
+    @pytest.mark.parametrize("words, status", [(["help"], 0), (["options"], 1), (["nonsense"], 2)])
+    def test_its_caller_keeps_the_umask(self, words, status, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "mad.conf").write_text("nonsense = 1\n")
+        mask = os.umask(0o027)
+        try:
+            assert main(words) == status
+        finally:
+            assert os.umask(mask) == 0o027
+
 
 class TestHelp:
     """Each command says its usage, what it does, its options and examples."""
