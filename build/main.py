@@ -271,7 +271,13 @@ def unpack(archive, members, root, tree):
 def remove_tree(root, path):
     """Remove a tree. Rename it first, so that a power cut leaves no incomplete tree under this name."""
     trash = tempfile.mkdtemp(prefix="tmp.", dir=root)
-    os.rename(path, trash)
+    try:
+        os.rename(path, trash)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        # overlayfs does not rename a folder of a lower layer: that of a container's image. rename(2)
+        shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(trash, ignore_errors=True)
 
 

@@ -2,12 +2,16 @@
 
 import ast
 import base64
+import errno
 import json
+import os
 import random
 import re
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -59,6 +63,21 @@ def main_functions(*names):
     exec(compile(ast.Module(found, []), "main.py", "exec"), space)
     assert space["BLOCK"] == delta.BLOCK
     return [space[name] for name in names]
+
+
+class TestUnpacking:
+    def test_a_tree_of_an_image_is_removed_though_overlayfs_does_not_rename_it(self, tmp_path, monkeypatch):
+        """rename(2): EXDEV, for a folder of a lower layer."""
+        (remove_tree,) = main_functions("remove_tree")
+        remove_tree.__globals__.update({"errno": errno, "os": os, "shutil": shutil, "tempfile": tempfile})
+        (tmp_path / "tree" / "appliance").mkdir(parents=True)
+
+        def refused(*_):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "rename", refused)
+        remove_tree(str(tmp_path), str(tmp_path / "tree"))
+        assert os.listdir(tmp_path) == []
 
 
 class TestDeltas:
