@@ -38,7 +38,6 @@ from appliance.recovery import (
     journal_place, open_idp, recover_admin, recover_setup, require_owner, restore, revoke_key, rotate_keys,
     set_up_demo,
 )
-from appliance.service import Layout, Request, install, installed_layout, python_of, uninstall
 from appliance.help import show_page, show_topics, topics, write
 
 # == Command line ==============================================================
@@ -740,6 +739,9 @@ def show_help(args: list[str]) -> int:
 
 def run_service(name: str, line: CommandLine) -> int:
     """Install the service, or take it away. Neither is of a box here, so no settings are loaded."""
+    # Late: with the modules that only it needs it is 5 % of what a start imports, and no start needs it.
+    from appliance.service import Layout, Request, install, installed_layout, python_of, uninstall
+
     if line.settings:
         raise UsageError(f"{name} takes no options of the server: they belong into /etc/microauthd/mad.conf")
     root = os.path.abspath(line.values.get("--root", "/"))
