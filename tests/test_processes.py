@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import http.client
+import io
 import json
 import os
 import re
@@ -28,8 +29,8 @@ from appliance.base.store import Store
 from appliance.base.wire import Limits
 from appliance.processes import (
     DESCRIPTORS_KEPT, LEAST_ADDRESS_SPACE, LEAST_CONNECTIONS, LEAST_DESCRIPTORS, LEAST_THREADS, LOCAL_DESCRIPTORS,
-    OTHER_DESCRIPTORS, THREAD_ADDRESS_SPACE, bind_local_socket, find_local_users, grant_connections, grant_threads,
-    remove_local_socket, start_clock,
+    MOST_CONNECTIONS, OTHER_DESCRIPTORS, THREAD_ADDRESS_SPACE, bind_local_socket, find_local_users, grant_connections,
+    grant_threads, memory_bytes, remove_local_socket, start_clock,
 )
 
 REFRESH = {"grant_type": "refresh_token"}
@@ -221,12 +222,40 @@ class TestStarting:
 
         def work():
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-            limits = grant_connections(servers)
+            limits = grant_connections(servers, 3)
             assert limits.connections == max(LEAST_CONNECTIONS, (most - DESCRIPTORS_KEPT) // servers)
             taken = servers * (limits.connections + 2 * grant_threads(servers, limits))
             assert taken <= most - LOCAL_DESCRIPTORS - OTHER_DESCRIPTORS
 
         assert in_child(work) == 0
+
+    @pytest.mark.parametrize("megabytes, most", [
+        (256, 4096), (2048, 7281), (8192, MOST_CONNECTIONS),
+    ])  # fmt: skip
+    def test_as_many_connections_as_a_quarter_of_the_memory_keeps(self, megabytes, most, monkeypatch):
+        monkeypatch.setattr("appliance.processes.memory_bytes", lambda: megabytes << 20)
+        monkeypatch.setattr(resource, "getrlimit", lambda limit: (1 << 20, 1 << 20))
+        assert grant_connections(1, 3).connections == most
+
+    def test_the_memory_is_that_of_the_control_group_if_that_has_less(self, tmp_path, monkeypatch):
+        files = {
+            "/proc/self/cgroup": "1:name=systemd:/\n0::/system.slice/microauthd.service\n",
+            "/sys/fs/cgroup/system.slice/microauthd.service/memory.max": "max\n",
+            "/sys/fs/cgroup/system.slice/memory.max": "67108864\n",
+        }
+
+        def read(path):
+            if path not in files:
+                raise FileNotFoundError(path)
+            return io.StringIO(files[path])
+
+        machine = memory_bytes()
+        monkeypatch.setattr("builtins.open", read)
+        assert memory_bytes() == 64 << 20
+        files["/sys/fs/cgroup/system.slice/memory.max"] = "max\n"
+        assert memory_bytes() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >= machine
+        files["/sys/fs/cgroup/memory.max"] = "33554432\n"
+        assert memory_bytes() == 32 << 20, "that of a container, whose path is its own root"
 
     @pytest.mark.parametrize("more", [0, 20])
     def test_no_more_threads_than_address_space(self, more):
