@@ -280,7 +280,7 @@ class TestPreview:
             b"@media (min-width: 0)" if scheme == "dark" else b"@media (max-width: 0)"
         )
 
-    @pytest.mark.parametrize("name", ["login.ffee00.css", "login.FFEE00.dark.css", "login.ffee0.dark.css", "brand.red.css"])
+    @pytest.mark.parametrize("name", ["login.ffee00.css", "login.FFEE00.dark.css", "login.ffee0.dark.css", "brand.red.css", "console.red.css"])
     def test_no_other_sheet_is_made(self, admin, idp, name):
         assert admin.get(f"/dashboard/files/{idp.console.version}/{name}").status == 404
 
@@ -288,8 +288,8 @@ class TestPreview:
         before = idp.console.version
         put(color="#800080", logo=encode(PNG))
         document = admin.get("/dashboard/").body.decode()
-        assert f'href="files/{before}/brand.800080.css"' in document and idp.console.version == before
-        for name in (re.search(r'data-logo="([^"]+)"', document)[1], "brand.800080.css", "main.js"):
+        assert f'href="files/{before}/console.800080.css"' in document and idp.console.version == before
+        for name in (re.search(r'data-logo="([^"]+)"', document)[1], "brand.800080.css", "console.800080.css", "main.js"):
             assert admin.get(f"/dashboard/files/{before}/{name}").status == 200
 
     def test_the_console_changes_it_by_its_cookie(self, admin, root):
@@ -298,4 +298,4 @@ class TestPreview:
         assert tab("PUT", "/brand", {"name": "By the console"}).json["name"] == "By the console"
         assert tab("PUT", "/brand", {"name": "Evil"}, headers=(("Sec-Fetch-Site", "cross-site"),)).status == 403
         assert tab("PUT", "/brand", {"name": "Evil"}, headers=(SAME_ORIGIN,), token="x").status == 403
-        assert admin.get("/dashboard/").body.count(b"By the console") == 2
+        assert admin.get("/dashboard/").body.count(b"By the console") == 3  # tag, title and heading

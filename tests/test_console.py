@@ -2,7 +2,9 @@
 
 import ast
 import gzip
+import html
 import json
+import posixpath
 import re
 from pathlib import Path
 
@@ -611,6 +613,38 @@ class TestSource:
             where = {"rooms/connect.js", "parts/form.js"}
         code = {name: re.sub(r"^\s*(//|\*|/\*).*$", "", text, flags=re.M) for name, text in modules.items()}
         assert {name for name, text in code.items() if re.search(word, text)} <= where
+
+    def imported(self, idp, name):
+        """The paths of all that a module imports before it runs, and what these import."""
+        found, left = set(), [name]
+        while left:
+            path = left.pop()
+            text = idp.console.files[path].content().decode()
+            for target in re.findall(r"""\bfrom\s*["'](\.[^"']+)["']""", text):
+                target = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
+                if target not in found:
+                    found.add(target)
+                    left.append(target)
+        return found
+
+    def test_the_first_view_is_what_the_document_names_and_its_words_stand_in_it(self, admin, idp, modules):
+        """A slow network pays for each round: browsers have six connections to a host, and there are two rounds."""
+        document = admin.get("/dashboard/", headers=[("Accept-Language", "de")]).body.decode()
+        preloaded = set(re.findall(r'modulepreload" href="files/[0-9a-f]+/([^"]+)', document))
+        assert preloaded == self.imported(idp, "main.js")
+        assert len(re.findall(r'(?:stylesheet|modulepreload)" href=|<script', document)) == 12
+        words = json.loads(html.unescape(re.search(r'name="words" content="([^"]+)"', document)[1]))
+        needed = set(re.findall(r'\bt\(\s*"([a-z0-9_]+)"', modules["main.js"] + modules["rooms/signin.js"]))
+        assert needed - {"session_ended_text", "somebody_else"} <= set(words), "but for those over a room"
+        assert words["sign_in"] == "Anmelden" and "Die Konsole wird geladen" in document
+
+    def test_what_comes_after_it_comes_at_once(self, idp, modules):
+        ahead = set(re.findall(r'"([^"]+)"', re.search(r"const AHEAD = \[(.*?)\]", modules["main.js"], re.S)[1]))
+        assert ahead <= set(modules) and len(ahead) > 10
+        first = self.imported(idp, "main.js")
+        for name in ("shell.js", "rooms/home.js", "rooms/people.js", "rooms/applications.js"):
+            needed = {path for path in self.imported(idp, name) if path.startswith(("parts/", "vendor/"))}
+            assert needed <= ahead | first, f"{name} would wait for one after the other"
 
     def test_every_import_is_a_file(self, modules, idp):
         for name, text in modules.items():

@@ -16,6 +16,11 @@ TYPES = {
     ".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8", ".svg": "image/svg+xml",
     ".json": "application/json",
 }
+# The words that the sign-in needs. They stand in the document, so that it need not wait for those of all rooms.
+FRONT = (
+    "sign_in", "user_name", "password", "show", "hide", "code_if_any", "sign_in_failed", "loading_console",
+    "needs_script", "quote_this", "try_again", "error_429", "error_no_answer", "error_server_error",
+)
 
 
 class ConsoleFile(msgspec.Struct, frozen=True):
@@ -47,9 +52,12 @@ class Console:
         }
         found["tokens.css"] = pack(self.pages.tokens, TYPES[".css"])
         for language, texts in self.pages.texts.items():
-            words = self.pages.texts["en"]["console"] | texts.get("console", {})
-            found[f"words/{language}.json"] = pack(msgspec.json.encode(words), TYPES[".json"])
+            found[f"words/{language}.json"] = pack(msgspec.json.encode(self.words(language)), TYPES[".json"])
         return found
+
+    def words(self, language: str) -> dict:
+        """Return {key: words} of the console in a language of the pages; English fills in what is missing."""
+        return self.pages.texts["en"]["console"] | self.pages.texts[language].get("console", {})
 
     @functools.cached_property
     def version(self) -> str:
@@ -60,23 +68,27 @@ class Console:
         return whole.hexdigest()[:12]
 
     def find(self, name: str) -> ConsoleFile | None:
-        """Return a file by its path; brand.<rrggbb>.css, or login.<rrggbb>.<scheme>.css, is made of its name.
+        """Return a file by its path; the sheets brand., console. and login.<rrggbb> are made of their name.
 
         The brand is no part of the version: who changes it must not take the modules of an open console away.
         """
         if found := re.fullmatch(r"brand\.([0-9a-f]{6})\.css", name):
             return pack(brand_style("#" + found[1]), TYPES[".css"])
+        if found := re.fullmatch(r"console\.([0-9a-f]{6})\.css", name):
+            parts = (brand_style("#" + found[1]), *(self.files[part].content() for part in ("tokens.css", "console.css")))
+            return pack(b"".join(parts), TYPES[".css"])
         if found := re.fullmatch(r"login\.([0-9a-f]{6})\.(light|dark)\.css", name):
             return pack(force_scheme(brand_style("#" + found[1]) + self.pages.sheet[1], found[2]), TYPES[".css"])
         return self.files.get(name)
 
     def document(self, language: str, brand: Brand) -> bytes:
         """Return the document, in a language of the pages, for a box of this brand."""
+        words = self.words(language)
         values = {
             "version": self.version, "language": language, "languages": " ".join(sorted(self.pages.texts)),
             "logo": brand.logo, "color": brand.color[1:], "box": brand.name,
+            "words": msgspec.json.encode({key: words[key] for key in FRONT}).decode(),
+            "loading": words["loading_console"], "needs_script": words["needs_script"],
         }
         text = (DASHBOARD / "index.html").read_text("utf-8")
-        for name, value in values.items():
-            text = text.replace("{" + name + "}", html.escape(value))
-        return text.encode()
+        return re.sub(r"\{(\w+)\}", lambda gap: html.escape(values[gap[1]]), text).encode()

@@ -5,7 +5,7 @@ import { file, now } from "./api.js";
 export const language = document.documentElement.lang || "en";
 // Dates and numbers as in the reader's country, if that is where the language is spoken: 16:30 and not 04:30 PM.
 const locale = navigator.languages.find((one) => one.toLowerCase().startsWith(language)) || language;
-let words = {};
+let words = JSON.parse(document.querySelector("meta[name=words]").content); // those of the sign-in, then all
 
 export async function loadWords() {
   words = await file(`words/${language}.json`);

@@ -11,6 +11,27 @@ import { go, href, route } from "../route.js";
 export const html = htm.bind(h);
 export { Fragment, h, useCallback, useEffect, useId, useMemo, useRef, useState };
 
+// -- the brand that this document wears, which changes when an administrator saves another one here --
+
+const box = document.querySelector("meta[name=box]");
+
+/** The address of a picture of the brand by its file name, or "". */
+export const pictureOf = (file) => (file ? new URL(`../${file}`, import.meta.url).href : "");
+
+export const worn = signal({ name: box.content, logo: pictureOf(box.dataset.logo) });
+
+/** Wear another brand, of this name, colour such as #1f5fbf, and picture: one more sheet, over that of the document. */
+export function wear(name, color, logo) {
+  worn.value = { name, logo };
+  const href = new URL(`../brand.${color.slice(1)}.css`, import.meta.url).href;
+  document.head.append(Object.assign(document.createElement("link"), { rel: "stylesheet", href }));
+}
+
+/** The picture and the name of the box. */
+export const Box = () => html`${worn.value.logo && html`<img src=${worn.value.logo} alt="" />`}<bdi>${worn.value.name}</bdi>`;
+
+// -- small parts --
+
 const SYMBOLS = new URL("../symbols.svg", import.meta.url).href;
 
 /** A symbol of symbols.svg. It is decoration: the word stands beside it, or the button has an aria-label. */

@@ -5,7 +5,6 @@ import { Button, Card, Failure, html, Loading, useAct, useEffect, useLoad, useMe
 import { ask } from "../parts/dialog.js";
 import { Field, Form, useRecord } from "../parts/form.js";
 import { toast } from "../parts/toast.js";
-import { pictureOf, wear } from "../worn.js";
 
 const GAP = "\ue000"; // where the page of the preview has a gap for the name
 const MOST = 40960; // octets of a picture
