@@ -51,7 +51,7 @@ class Console:
             for path in sorted(DASHBOARD.rglob("*")) if path.suffix in TYPES
         }
         found["tokens.css"] = pack(self.pages.tokens, TYPES[".css"])
-        for language, texts in self.pages.texts.items():
+        for language in self.pages.texts:
             found[f"words/{language}.json"] = pack(msgspec.json.encode(self.words(language)), TYPES[".json"])
         return found
 
@@ -75,8 +75,8 @@ class Console:
         if found := re.fullmatch(r"brand\.([0-9a-f]{6})\.css", name):
             return pack(brand_style("#" + found[1]), TYPES[".css"])
         if found := re.fullmatch(r"console\.([0-9a-f]{6})\.css", name):
-            parts = (brand_style("#" + found[1]), *(self.files[part].content() for part in ("tokens.css", "console.css")))
-            return pack(b"".join(parts), TYPES[".css"])
+            sheet = b"".join(self.files[part].content() for part in ("tokens.css", "console.css"))
+            return pack(brand_style("#" + found[1]) + sheet, TYPES[".css"])
         if found := re.fullmatch(r"login\.([0-9a-f]{6})\.(light|dark)\.css", name):
             return pack(force_scheme(brand_style("#" + found[1]) + self.pages.sheet[1], found[2]), TYPES[".css"])
         return self.files.get(name)

@@ -83,7 +83,7 @@ function Room({ room, segments, query }) {
     return () => { isLeft = true; };
   }, [Found]);
   if (error) return html`<div class="note warn"><p>${t("new_version")}</p><${Button} onClick=${() => location.reload()}>${t("load_again")}<//></div>`;
-  return Found ? html`<${Found} segments=${segments} query=${query} />` : html`<${Loading} />`;
+  return Found ? html`<${Found} segments=${segments} query=${query} />` : html`<${Loading} what=${t("loading_room", { name: t(room.word) })} />`;
 }
 
 const Links = ({ current, onGo }) => html`<ul>${ROOMS.filter((room) => room.group).map((room, at, shown) => html`<li

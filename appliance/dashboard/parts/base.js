@@ -107,9 +107,9 @@ export function Failure({ error, retry, title }) {
   </div>`;
 }
 
-/** Still bars where rows will be. */
-export const Loading = ({ rows = 5 }) =>
-  html`<div class="loading" role="status" aria-busy="true" aria-label=${t("loading")}>${Array.from({ length: rows }, (_, at) =>
+/** Still bars where rows will be, and what is waited for, should it take a while: a file of the console or an answer. */
+export const Loading = ({ rows = 5, what = t("loading") }) =>
+  html`<div class="loading" role="status" aria-busy="true"><p class="quiet small">${what}</p>${Array.from({ length: rows }, (_, at) =>
     html`<div class="bar" key=${at}></div>`)}</div>`;
 
 /** A state: a mark and a word, never colour alone. kind: on, off, locked, good, warn, bad. */
