@@ -4961,11 +4961,24 @@ def media_preference(accept: str, media: str) -> tuple[float, int]:
     return found[1], found[0]
 
 
+def prefers_page(environ) -> bool:
+    """Return whether Accept prefers HTML to JSON."""
+    accept = environ.get("HTTP_ACCEPT", "")
+    return media_preference(accept, "text/html") > media_preference(accept, JSON)
+
+
 def require_browser(params):
     """Raise not_found, as for an unknown route, unless Accept prefers HTML to JSON."""
-    accept = params.environ.get("HTTP_ACCEPT", "")
-    if media_preference(accept, "text/html") <= media_preference(accept, JSON):
+    if not prefers_page(params.environ):
         raise Problem("not_found", headers=[("X-Not-Found", "route")])
+
+
+def is_navigation(environ) -> bool:
+    """Return whether a browser shows the answer as a page, and no script reads it.
+
+    Browsers say so only to hosts they trust, which those by plain http are not, but for loopback. Fetch Metadata §2.3
+    """
+    return prefers_page(environ) and environ.get("HTTP_SEC_FETCH_MODE", "navigate") == "navigate"
 
 
 def parse_form(body: bytes) -> list[tuple[str, str]]:
@@ -5650,11 +5663,16 @@ def show_logo(idp: Idp, name: str, cache: int) -> Page:
     return Page(content, media_type, policy=PICTURE_POLICY, cache=cache)
 
 
-def show_problem(idp: Idp, problem: Problem, environ) -> Page:
-    """Return the error page. It never redirects and never repeats input: the log has that, under the request's id."""
-    request_id = environ.get("microauthd.request_id", "")
-    page = show_page(idp, environ, "error", status=problem.status, code=problem.code, request_id=request_id)
-    page.headers.extend(header for header in problem.headers if header[0] == "Retry-After")
+def show_problem(idp: Idp, problem: Problem, environ, why="") -> Page:
+    """Return the error page. It never redirects and never repeats input: the log has that, under the request's id.
+
+    `why` chooses the sentence, if it is not the code of the Problem.
+    """
+    page = show_page(
+        idp, environ, "error", status=problem.status, code=problem.code, why=why or problem.code,
+        request_id=environ.get("microauthd.request_id", ""),
+    )
+    page.headers.extend(header for header in problem.headers if header[0] in ("Retry-After", "X-Not-Found"))
     return page
 
 
@@ -5749,6 +5767,9 @@ def finish_durably(handler: Generator):
     return result if has_ended else run_to_end(handler)
 
 
+PUBLIC_PATH = "/<path:path>"  # of the route that serves public files
+
+
 class Answer:
     """Runs the guard and the handler of a route and renders the result. Every response of a route is made here."""
 
@@ -5784,7 +5805,12 @@ class Answer:
             self.idp.log(
                 "bug", "error", exc_info=error, path=route.paths[0], request_id=environ.get("microauthd.request_id", "")
             )
-        return show_problem(self.idp, problem, environ) if route.html else render_problem(problem, route.oauth, environ)
+        if route.html:
+            return show_problem(self.idp, problem, environ)
+        is_page_missing = route.paths[0] == PUBLIC_PATH and problem.code == "not_found"
+        if is_page_missing and self.idp.options.enable_pkce and is_navigation(environ):
+            return show_problem(self.idp, problem, environ, "no_page")
+        return render_problem(problem, route.oauth, environ)
 
     def log_refusal(self, environ, code, status, reason, route=None):
         self.idp.log(
@@ -5972,9 +5998,6 @@ def describe_port(idp: Idp, routes: Routes) -> dict:
     return describe_api(routes.name, VERSION, server, served_routes(idp, routes), Err, OAuthError)
 
 
-PUBLIC_PATH = "/<path:path>"  # of the route that serves public files
-
-
 def find_public_file(path: str) -> tuple[str, str] | None:
     """Return the root of the public files and the path below it of the one that `path` names, or None.
 
@@ -6055,6 +6078,10 @@ def swagger_file(name: str) -> Page:
     return Page((SWAGGER / name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
 
 
+# What a browser that was led to AUTH is told of an address without a page, by the code of the error.
+NO_PAGE = {"not_found": "no_page", "method_not_allowed": "method_not_allowed"}
+
+
 class App:
     """The WSGI application of a port.
 
@@ -6120,9 +6147,14 @@ class App:
         if code == "server_error":
             self.idp.log("bug", "error", exc_info=error.exception, path=describe_path(bottle.request.path))
         # X-Not-Found tells a client an unknown route from an unknown object. Only Allow is taken from Bottle's error.
-        unknown = [("X-Not-Found", "route")] if code == "not_found" else ()
+        problem = Problem(code, headers=[("X-Not-Found", "route")] if code == "not_found" else ())
         environ = bottle.request.environ
-        content = self.to_bottle(render_problem(Problem(code, headers=unknown), False, environ), environ)
+        if self.name == "auth" and self.idp.options.enable_pkce and code in NO_PAGE and is_navigation(environ):
+            self.answer.log_refusal(environ, code, problem.status, "no page has this address")
+            result = show_problem(self.idp, problem, environ, NO_PAGE[code])
+        else:
+            result = render_problem(problem, False, environ)
+        content = self.to_bottle(result, environ)
         self.count(environ, NO_ROUTE, bottle.response.status_code, time.perf_counter())
         if allow := error.get_header("Allow"):
             bottle.response.set_header("Allow", allow)
@@ -6629,12 +6661,13 @@ def refuse_client(
     idp: Idp, params, redirect_uri: str, response_mode: str, state: str | None, problem: Problem, cookies=()
 ):
     """Send a browser back to its client with an error. RFC 6749 §4.1.2.1."""
-    Answer(idp).log_refusal(params.environ, problem.code, 302, problem.log)
     members = {"error": problem.code, "error_description": problem.message}
-    return answer_client(
+    answer = answer_client(
         idp, params, redirect_uri, response_mode if response_mode in RESPONSE_MODES else "query", state, members,
         cookies,
     )
+    Answer(idp).log_refusal(params.environ, problem.code, answer.status, problem.log)
+    return answer
 
 
 def find_or_make_binding(idp: Idp, params) -> tuple[str, list[str]]:

@@ -341,6 +341,34 @@ class TestAnswers:
                 404, {"success": False, "message": m.ERRORS["not_found"][1], "error": "not_found", "request_id": "r1"},
             )
 
+    NAVIGATION = [("Accept", "text/html,application/xhtml+xml,*/*;q=0.8")]
+    PAGES = [
+        (NAVIGATION, True), ([*NAVIGATION, ("Sec-Fetch-Mode", "navigate")], True),
+        ([*NAVIGATION, ("Sec-Fetch-Mode", "cors")], False), ([("Accept", "application/json, text/html;q=0.9")], False),
+        ([("Accept", "*/*"), ("Sec-Fetch-Mode", "navigate")], False), ([], False),
+    ]
+
+    @pytest.mark.parametrize("path, status", [("/nowhere", 404), ("/login/consent", 405), ("/nowhere.html", 404)])
+    @pytest.mark.parametrize("headers, is_page", PAGES)
+    @pytest.mark.parametrize("has_files", [False, True])
+    def test_a_browser_that_was_led_nowhere_is_shown_a_way_on(
+        self, make_idp, path, status, headers, is_page, has_files,
+    ):
+        idp = make_idp(Options(**CHEAP, serve_public_auth_files=has_files))
+        answer = Caller(m.App(idp, m.AUTH)).get(path, headers=headers)
+        assert answer.status == status and answer.headers["content-type"].startswith("text/html") is is_page
+        if not is_page:
+            return
+        assert "allow" in answer.headers if status == 405 else answer.headers.get("x-not-found", "route") == "route"
+        page = answer.body.decode()
+        assert "/account" in page and "<code>r1</code>" in page and path not in page
+        assert "This login is over" not in page and idp.pages.texts["en"]["error_how"] not in page
+        assert "request_id=r1" in idp.stream.getvalue(), "the page says that the log has the cause under this number"
+
+    def test_without_pages_there_is_no_page_of_errors(self, make_idp):
+        served = Caller(m.App(make_idp(Options(**CHEAP, enable_pkce=False, serve_public_auth_files=True)), m.AUTH))
+        assert served.get("/nowhere", headers=self.NAVIGATION).json["error"] == "not_found"
+
     @pytest.mark.parametrize("method", ["PUT", "DELETE", "PATCH", "OPTIONS", "POST", "TRACE", "QUERY"])
     def test_wrong_methods_speak_err_and_say_which(self, auth, admin, method):
         for app in (auth, admin):

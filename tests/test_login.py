@@ -1592,7 +1592,7 @@ class TestWaysOut:
         return call
 
     @pytest.mark.parametrize("step", ["password", "totp", "enrol", "select"])
-    def test_cancel_sends_back_to_the_client_each_time(self, at, browser, step):
+    def test_cancel_sends_back_to_the_client_each_time(self, at, browser, idp, step):
         assert at(step)
         number = self.way(browser, "/login/cancel")
         page = browser.answer
@@ -1601,6 +1601,8 @@ class TestWaysOut:
             location, members = sent_back(browser.submit(number))
             assert location == CALLBACK and members["iss"] == "https://idp.example"
             assert (members["error"], members["state"]) == ("access_denied", "st&te")
+        logged = [line for line in idp.stream.getvalue().splitlines() if "path=/login/cancel" in line]
+        assert len(logged) == 2 and all(" status=303 " in line for line in logged), "as on the wire"
 
     def test_after_cancel_the_browsers_back_leads_to_the_login_again(self, at, browser):
         assert at("password")
