@@ -1,7 +1,9 @@
 // The brand of the pages: name, colour and picture, beside the sign-in page as it would look. #/settings/brand
 import { get, send } from "../api.js";
 import { bytes, language, number, t } from "../words.js";
-import { Button, Card, Failure, html, Loading, useAct, useEffect, useLoad, useMemo, useRef, useState, visible, When } from "../parts/base.js";
+import {
+  Button, Card, Failure, html, Loading, pictureOf, useAct, useEffect, useLoad, useMemo, useRef, useState, visible, wear, When,
+} from "../parts/base.js";
 import { ask } from "../parts/dialog.js";
 import { Field, Form, useRecord } from "../parts/form.js";
 import { toast } from "../parts/toast.js";
