@@ -7905,6 +7905,7 @@ def console_object(idp: Idp, params, console: AdminSession, account: Account, ha
         ConsoleUser(account.id, account.username, account.email), console_form_token(idp, handle),
         iso(console.expires_at), iso(console.last_seen_at + idp.options.console_idle_expiration),
         iso(console.proven_at + PROOF_TTL) if is_known else None, bool(account.totp_sealed), iso(idp.now()),
+        idp.options.password_min_length,
     )
 
 

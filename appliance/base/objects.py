@@ -1379,6 +1379,7 @@ class ConsoleObject(msgspec.Struct):
     proven_until: str | None
     totp_enabled: bool
     now: str | None
+    password_min_length: int  # characters of a new password of anybody
 
 
 class ConsoleSession(msgspec.Struct):

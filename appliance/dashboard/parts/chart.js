@@ -32,7 +32,7 @@ async function draw(ref, { from, step, series, names }) {
   const times = Array.from({ length }, (_, at) => from + at * step);
   const axis = { font: "12px sans-serif", stroke: color("--quiet"), grid: { stroke: color("--hair"), width: 1 }, ticks: { stroke: color("--hair") } };
   return new uPlot({
-    width: place.clientWidth, height: 160, legend: { show: false }, cursor: { y: false, drag: { x: false } },
+    width: place.clientWidth, height: place.clientHeight, legend: { show: false }, cursor: { y: false, drag: { x: false } },
     scales: { y: { range: (_, low, high) => [0, Math.max(4, high || 0) * 1.1] } },
     axes: [
       { ...axis, space: 64, size: 30, values: (_, ticks) => ticks.map((tick) => clock(new Date(tick * 1000).toISOString())) },
@@ -65,7 +65,7 @@ export function Chart({ from, step, series, words = {}, label }) {
   useEffect(() => {
     if (table) return;
     let isGone = false;
-    const size = new ResizeObserver(() => place.current && plot.current?.setSize({ width: place.current.clientWidth, height: 160 }));
+    const size = new ResizeObserver(() => place.current && plot.current?.setSize({ width: place.current.clientWidth, height: place.current.clientHeight }));
     draw(place, { from, step, series, names }).then((made) => {
       if (isGone || !made) return made?.destroy();
       plot.current = made;

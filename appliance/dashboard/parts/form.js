@@ -6,7 +6,7 @@
 //   <//>`
 //
 // A 412 (somebody else changed it) becomes form.conflict; give `reread` to useForm and <Conflict> shows both.
-import { get, send } from "../api.js";
+import { get, send, session } from "../api.js";
 import { guard } from "../route.js";
 import { has, t } from "../words.js";
 import { Button, Failure, html, useEffect, useId, useMemo, useRef, useState, visible } from "./base.js";
@@ -157,6 +157,14 @@ export function Field({ form, name, label, hint, type = "text", mono, control, o
     ${hint && html`<p class="hint" id=${`${id}h`}>${hint}</p>`}
     ${wrong && html`<p class="error" id=${`${id}e`}>${reason(wrong)}</p>`}
   </div>`;
+}
+
+/** A new password: what it must be stands there before one is refused, and it can be looked at. */
+export function NewPassword(rest) {
+  const [shown, show] = useState(false);
+  return html`<${Field} ...${rest} hint=${t("password_rule", { n: session.value.password_min_length })} control=${(props) => html`<div class="adder">
+    <input ...${props} type=${shown ? "text" : "password"} autocomplete="new-password" autocapitalize="off" spellcheck=${false} />
+    <${Button} aria-pressed=${shown ? "true" : "false"} onClick=${() => show(!shown)}>${t(shown ? "hide" : "show")}<//></div>`} />`;
 }
 
 /** A choice among few: options are [{ value, label }]. */

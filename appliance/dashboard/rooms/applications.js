@@ -1,7 +1,7 @@
 // Applications: the list, making one by what it is, and the page of each.
-import { all, get, path, send } from "../api.js";
+import { all, get, now, path, send } from "../api.js";
 import { go, href, setQuery } from "../route.js";
-import { ago, has, t } from "../words.js";
+import { ago, has, moment, t } from "../words.js";
 import {
   Button, Card, Empty, Facts, Failure, Head, html, Loading, Name, State, Tabs, useAct, useLoad, useMemo, useRef, useState, visible, When,
 } from "../parts/base.js";
@@ -139,7 +139,7 @@ function Secrets({ client, changed }) {
   };
   const make = act(async () => {
     const { data } = await send("POST", "/clients/secret", { client_id: client.client_id, overlap_seconds: Number(overlap) });
-    fresh = { client_id: client.client_id, secret: data.message, note: overlap === "0" ? t("earlier_secret_ended") : t("earlier_secret_works", { time: t(`overlap_${overlap}`) }) };
+    fresh = { client_id: client.client_id, secret: data.message, note: overlap === "0" ? t("earlier_secret_ended") : t("earlier_secret_works", { time: moment(new Date(now() + overlap * 1000).toISOString()) }) };
     changed();
   });
   const end = (row) => async () => {
@@ -150,6 +150,8 @@ function Secrets({ client, changed }) {
       typed: last ? client.client_id : "" })) {
       await act(async () => {
         await send("DELETE", path("clients", client.client_id, "secrets", row.id));
+        if (found.data.every((other) => row.created_at >= other.created_at)) fresh = null;
+        else if (fresh) fresh.note = t("earlier_secret_ended");
         toast(t("secret_ended"));
       })();
     }

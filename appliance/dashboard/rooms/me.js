@@ -5,7 +5,7 @@ import {
   Button, Card, Facts, Failure, Head, html, Name, useLoad, useState, When,
 } from "../parts/base.js";
 import { Factor } from "../parts/factor.js";
-import { Field, Form, useForm } from "../parts/form.js";
+import { Field, Form, NewPassword, useForm } from "../parts/form.js";
 import { Table, whole } from "../parts/table.js";
 import { toast } from "../parts/toast.js";
 
@@ -19,7 +19,7 @@ function Password() {
   });
   return html`<${Card} title=${t("password")}><p class="quiet">${t("password_text")}</p>
     <${Form} form=${form} submit=${t("change_password")} kind="">
-      <${Field} form=${form} name="new_password" type="password" label=${t("new_password")} autocomplete="new-password" />
+      <${NewPassword} form=${form} name="new_password" label=${t("new_password")} />
       <${Field} form=${form} name="again" type="password" label=${t("new_password_again")} autocomplete="new-password" />
     <//><//>`;
 }

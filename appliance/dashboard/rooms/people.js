@@ -9,7 +9,7 @@ import { Choices } from "../parts/choices.js";
 import { ask, Dialog } from "../parts/dialog.js";
 import { Factor } from "../parts/factor.js";
 import { Filters } from "../parts/filters.js";
-import { Check, Field, Form, Select, useForm, useRecord } from "../parts/form.js";
+import { Check, Field, Form, NewPassword, Select, useForm, useRecord } from "../parts/form.js";
 import { Deed, Details, Who } from "../parts/names.js";
 import { SecretOnce } from "../parts/secret.js";
 import { Table, useList, useSearch, whole } from "../parts/table.js";
@@ -100,7 +100,7 @@ function Make() {
       ${form.values.email.trim() && html`<${Check} form=${form} name="email_verified" label=${t("email_is_theirs")} hint=${t("email_is_theirs_hint")} />`}
       <fieldset><legend>${t("how_in")}</legend>${ENTRIES.map((one) => html`<label key=${one} class="check"><input type="radio" name="entry"
         checked=${entry === one} onChange=${() => setEntry(one)} /> <span>${t(`entry_${one}`)} <span class="quiet small line">${t(`entry_${one}_text`)}</span></span></label>`)}</fieldset>
-      ${entry === "password" && html`<${Field} form=${form} name="password" type="password" label=${t("password")} autocomplete="new-password" required />`}
+      ${entry === "password" && html`<${NewPassword} form=${form} name="password" label=${t("password")} required />`}
       <fieldset><legend>${t("its_roles")} <span class="quiet">${t("optional")}</span></legend>
         ${every.data ? html`<${Choices} rows=${every.data} chosen=${roles} toggle=${give} label=${t("its_roles")} empty=${t("no_roles")} />`
           : html`<${Failure} error=${every.error} retry=${every.reload} />`}</fieldset>
@@ -210,7 +210,7 @@ function Entry({ user, changed }) {
     ${isOffered && !found.data && html`<p class="quiet">${t(`link_text_${purpose}`, { name })}</p>`}
     ${typing ? html`<${Form} form=${form} submit=${t("set_password")} cancel=${html`<${Button} onClick=${() => { form.reset({ new_password: "", again: "" }); setTyping(false); }}>${t("cancel")}<//>`}>
         <p>${t("their_password_text")}</p>
-        <${Field} form=${form} name="new_password" type="password" label=${t("new_password")} autocomplete="new-password" autofocus />
+        <${NewPassword} form=${form} name="new_password" label=${t("new_password")} autofocus />
         <${Field} form=${form} name="again" type="password" label=${t("new_password_again")} autocomplete="new-password" /><//>`
       : html`<div class="buttons start">${isOffered && html`<${Button} busy=${busy} disabled=${!user.is_active} onClick=${make}>${t(found.data ? "make_link_again" : `make_link_${purpose}`)}<//>`}
         <${Button} onClick=${() => setTyping(true)}>${t("set_password")}<//></div>`}<//>`;
