@@ -191,6 +191,11 @@ class Pages:
         self.options = options
         self.templates: dict = {}
 
+    @property
+    def folders(self) -> list[str]:
+        """The folders in which a file of the pages is looked for, in this order."""
+        return [*([self.options.pages_folder] if self.options.pages_folder else []), str(PAGES)]
+
     def file(self, name: str) -> Path:
         custom = Path(self.options.pages_folder) / name if self.options.pages_folder else None
         return custom if custom and custom.is_file() else PAGES / name
@@ -277,7 +282,10 @@ class Pages:
     def template(self, name: str) -> bottle.SimpleTemplate:
         template = self.templates.get(name)
         if template is None:
-            template = self.templates[name] = bottle.SimpleTemplate(self.file(f"{name}.html").read_text("utf-8"))
+            # What a template includes is found as the template is: the operator's own file first.
+            template = self.templates[name] = bottle.SimpleTemplate(
+                self.file(f"{name}.html").read_text("utf-8"), lookup=self.folders,
+            )
         return template
 
     def render(self, name: str, **values) -> bytes:
