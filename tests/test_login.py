@@ -1686,6 +1686,17 @@ class TestWaysOut:
         assert pages.picture("a/b") == "data:image/svg+xml;base64,PHN2Zy8+"
         assert pages.picture("../secret") == pages.picture("large") == pages.picture("none") == ""
 
+    def test_what_pages_share_is_the_operators_file_too(self, make_idp, tmp_path):
+        (tmp_path / "part_cancel.html").write_text("<p>{{client}}: ring 42</p>")
+        options = Options(**CHEAP, oidc_issuer="https://idp.example", pages_folder=str(tmp_path))
+        words = make_idp(options).pages.texts["en"]
+        for pages_options, shown in ((options, True), (Options(**CHEAP, oidc_issuer="https://idp.example"), False)):
+            page = make_idp(pages_options).pages.render(
+                "sign_in", text=words, language="en", base="", script="", style="", logo="", brand="Box", error="",
+                client="A & B", picture="", host="", tx="t", form="f", username="", help="", help_link=False,
+            )
+            assert (b"A &amp; B: ring 42" in page) is shown and (b"/login/cancel" in page) is not shown
+
 
 class TestConsentRevoked:
     """A consent can be taken back, and what was issued on it ends with it. RFC 6749 §1.4, §10.3; RFC 7009 §2"""
