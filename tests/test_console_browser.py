@@ -460,6 +460,9 @@ class TestKeyboard:
         expect(page.get_by_role("heading", name="page-07")).to_be_focused()
         page.keyboard.press("Control+k")
         expect(page.get_by_role("combobox", name="Find or do")).to_be_focused()
+        page.keyboard.type("make backup")
+        expect(page.get_by_role("dialog").get_by_role("option").first).to_contain_text("Make a backup")
+        page.keyboard.press("Control+a")
         page.keyboard.type("my acc")
         expect(page.get_by_role("dialog").get_by_role("option").first).to_contain_text("My account")
         page.keyboard.press("Escape")
@@ -500,10 +503,17 @@ class TestKeyboard:
         page = console("#/applications/focus/secrets")
         page.get_by_role("button", name="Make another").press("Enter")
         card = page.locator(".secret")
+        expect(card).to_be_visible()
+        expect(page.get_by_role("button", name="Make another")).to_be_focused()
         card.get_by_label("I have stored it").press("Space")
         card.get_by_role("button", name="Close").press("Enter")
         expect(card).to_have_count(0)
         assert page.evaluate("document.querySelector('main').contains(document.activeElement)")
+        page.goto(page.origin + "/dashboard/#/applications/focus/rights")
+        page.get_by_label("fetches tokens for itself").press("Space")
+        page.get_by_role("button", name="Save").press("Enter")
+        expect(page.get_by_role("button", name="Save")).to_be_disabled()
+        expect(page.locator("main:focus, main *:focus")).to_have_count(1)
         page.get_by_label("Signed in as root").press("Enter")
         page.keyboard.press("Tab")
         page.keyboard.press("Escape")
@@ -569,13 +579,38 @@ class TestLooks:
         page.get_by_role("button", name="Save").tap()
         expect(toast).to_contain_text("Saved")
         box = toast.bounding_box()
-        assert box["y"] + box["height"] <= page.locator(".sides").bounding_box()["y"] + page.evaluate("scrollY"), "over the bar alone"
+        bar = page.locator(".top").bounding_box()
+        assert box["y"] + box["height"] <= bar["y"] + bar["height"], "over the bar alone"
         page.touchscreen.tap(box["x"] + 20, box["y"] + 10)  # a finger is gone without saying so
         page.get_by_label("fetches tokens for itself").tap()
         page.get_by_role("button", name="Save").tap()  # fails if anything lies over it
         expect(page.get_by_role("button", name="Save")).to_be_disabled()
         expect(toast.filter(visible=True)).to_have_count(1)
         expect(toast).to_have_count(0, timeout=12000)
+
+    def test_at_400_percent_the_bar_goes_with_the_page_and_lies_over_nothing(self, console):
+        """WCAG 2.2 §1.4.10, §2.4.11: 1,280 by 1,024 pixels at 400 % are 320 by 256."""
+        page = console("#/applications", width=320, height=256)
+        page.locator("a.row").nth(9).focus()
+        expect(page.locator("a.row").nth(9)).to_be_in_viewport(ratio=0.9)
+        expect(page.locator(".top")).not_to_be_in_viewport()
+        page.set_viewport_size({"width": 320, "height": 640})
+        for _ in range(12):  # upwards, where the bar would lie
+            page.keyboard.press("Shift+Tab")
+            assert page.evaluate(
+                "[document.activeElement.getBoundingClientRect(), document.querySelector('.top').getBoundingClientRect()]"
+                ".map((box, at) => at ? box.bottom : box.top).reduce((top, bar) => top >= bar)"
+            )
+
+    def test_what_stands_in_says_what_it_waits_for(self, console):
+        page = console()
+        page.context.route("**/rooms/keys.js", lambda route: None)  # it does not come
+        page.evaluate("location.hash = '#/keys'")
+        expect(page.get_by_text("Loading Keys …")).to_be_visible()
+        page.context.route("**/vendor/preact.js", lambda route: None)
+        other = page.context.new_page()
+        other.goto(page.origin + "/dashboard/", wait_until="commit")
+        expect(other.get_by_text("Loading the console …")).to_be_visible()
 
     def test_nothing_is_asked_of_anybody_else(self, visit):
         page = visit()

@@ -78,6 +78,16 @@ class TestInviting:
         expect(page.get_by_role("heading", name="invited")).to_be_visible()
         assert link not in page.content()
 
+    def test_what_a_password_must_be_stands_there_before_one_is_refused(self, room):
+        page = room("#/people/new")
+        page.get_by_label("With a password that you choose").check()
+        field = page.get_by_label("Password", exact=True)
+        expect(field).to_have_accessible_description(re.compile("At least 8 characters"))
+        field.fill("short")
+        page.get_by_role("button", name="Show").click()
+        expect(field).to_have_attribute("type", "text")
+        expect(field).to_have_value("short")
+
     def test_a_person_is_made_without_a_mouse(self, room):
         page = room("#/people/new")
         page.get_by_label("User name").focus()

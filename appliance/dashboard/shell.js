@@ -121,8 +121,8 @@ function focusHeading(main) {
 }
 
 /**
- * When what had the focus goes – a card that is closed, a button whose work is done – the focus goes to what is left
- * around it, so that Tab goes on from there and whoever listens is not sent to the begin of the page.
+ * When what had the focus goes or is disabled – a card that is closed, a button whose work is done – the focus goes to
+ * what is left around it, so that Tab goes on from there and whoever listens is not sent to the begin of the page.
  */
 function keepFocus(main) {
   let last = null;
@@ -133,13 +133,13 @@ function keepFocus(main) {
     for (let one = target.parentNode; one && one !== document.body; one = one.parentNode) around.push(one);
   };
   const watcher = new MutationObserver(() => {
-    if (!last || last.isConnected || document.activeElement !== document.body) return;
+    if (!last || (last.isConnected && !last.disabled) || ![document.body, last].includes(document.activeElement)) return;
     const near = around.find((one) => one.isConnected && main.contains(one)) || main;
     near.setAttribute("tabindex", "-1");
     near.focus({ preventScroll: true });
   });
   document.addEventListener("focusin", note);
-  watcher.observe(document.body, { childList: true, subtree: true });
+  watcher.observe(document.body, { childList: true, subtree: true, attributeFilter: ["disabled"] });
   return () => {
     document.removeEventListener("focusin", note);
     watcher.disconnect();

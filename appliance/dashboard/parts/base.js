@@ -123,10 +123,14 @@ export const Facts = ({ rows }) =>
   html`<dl class="facts">${rows.filter(([, value]) => value != null).map(([term, value]) =>
     html`<div key=${term}><dt>${term}</dt><dd>${value}</dd></div>`)}</dl>`;
 
-/** A button. kind: primary (one a view), danger, plain. While `busy` it says so and cannot be pressed again. */
-export function Button({ kind = "", busy, icon, children, type = "button", label, ...rest }) {
-  return html`<button type=${type} class=${kind} aria-busy=${busy ? "true" : null} aria-label=${label} title=${label}
-    ...${rest} disabled=${busy || rest.disabled}>${icon && html`<${Icon} name=${icon} />`}${children}</button>`;
+/**
+ * A button. kind: primary (one a view), danger, plain. While `busy` it says so and cannot be pressed again; it is not
+ * disabled, because a disabled button loses the focus. Enter in a field presses the button of its form. HTML §4.10.21.2
+ */
+export function Button({ kind = "", busy, icon, children, type = "button", label, onClick, ...rest }) {
+  const press = (event) => (busy ? event.preventDefault() : onClick?.(event));
+  return html`<button type=${type} class=${kind} aria-busy=${busy ? "true" : null} aria-disabled=${busy ? "true" : null}
+    aria-label=${label} title=${label} onClick=${press} ...${rest}>${icon && html`<${Icon} name=${icon} />`}${children}</button>`;
 }
 
 /** A card with a heading, and buttons beside it. */

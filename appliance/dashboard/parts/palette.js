@@ -27,7 +27,7 @@ const LISTS = [
 /** `fixed` are the rooms and acts: [{ name, icon, to or run, kind }]; of a room that is not there nothing is asked. */
 export function Palette({ fixed }) {
   const [text, setText] = useState("");
-  const [found, setFound] = useState([]);
+  const [found, setFound] = useState({ of: "", rows: [] }); // what the box found of a text
   const [at, setAt] = useState(0);
   const id = useId();
   const box = useRef();
@@ -35,7 +35,7 @@ export function Palette({ fixed }) {
 
   useEffect(() => {
     setAt(0);
-    if (!wanted) return void setFound([]);
+    if (!wanted) return;
     const abort = new AbortController();
     const timer = setTimeout(async () => {
       const answers = await Promise.allSettled(LISTS.filter((list) => rooms.has(list.room)).map(async (list) => {
@@ -45,7 +45,7 @@ export function Palette({ fixed }) {
       if (abort.signal.aborted) return;
       const rows = answers.flatMap((answer) => answer.value || []);
       const isExact = (row) => Number([row.name, row.more].some((one) => String(one).toLowerCase() === wanted));
-      setFound(rows.sort((one, other) => isExact(other) - isExact(one) || compare(one.name, other.name)));
+      setFound({ of: wanted, rows: rows.sort((one, other) => isExact(other) - isExact(one) || compare(one.name, other.name)) });
     }, 200);
     return () => {
       clearTimeout(timer);
@@ -54,10 +54,11 @@ export function Palette({ fixed }) {
   }, [wanted]);
 
   const rows = useMemo(() => {
-    const own = fixed.filter((row) => !wanted || row.name.toLowerCase().includes(wanted));
+    const own = fixed.filter((row) => wanted.split(/\s+/).every((word) => row.name.toLowerCase().includes(word)));
     const token = rooms.has("inspect") && parseJwt(text)
       ? [{ icon: "search", name: t("inspect_this"), kind: t("kind_act"), to: ["inspect"], token: text.trim() }] : [];
-    return [...token, ...found, ...own];
+    // What the box finds comes below what is here at once: a late answer moves nothing under the finger or Enter.
+    return [...token, ...own, ...(found.of === wanted ? found.rows : [])];
   }, [wanted, found]);
 
   const close = () => { isOpen.value = false; };
