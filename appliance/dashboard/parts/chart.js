@@ -36,7 +36,7 @@ async function draw(ref, { from, step, series, names }) {
     scales: { y: { range: (_, low, high) => [0, Math.max(4, high || 0) * 1.1] } },
     axes: [
       { ...axis, space: 64, size: 30, values: (_, ticks) => ticks.map((tick) => clock(new Date(tick * 1000).toISOString())) },
-      { ...axis, space: 34, size: 44, values: (_, ticks) => ticks.map((tick) => (tick % 1 ? "" : number(tick))) },
+      { ...axis, space: 26, size: 44, values: (_, ticks) => ticks.map((tick) => (tick % 1 ? "" : number(tick))) },
     ],
     series: [{}, ...names.map((name, at) => ({
       label: name, stroke: color(`--series-${(at % 4) + 1}`), width: 1.5, dash: DASHES[at % 4], points: { show: false },
