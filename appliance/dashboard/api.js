@@ -9,7 +9,9 @@
 import { signal } from "./vendor/signals.js";
 
 const ROOT = new URL("../../../", import.meta.url); // above dashboard/files/<version>/
-const SLOW = 3000; // milliseconds without an answer after which the line at the top says so
+// Milliseconds without an answer after which the line at the top says so. On a slow network a request may wait two
+// seconds for a connection and two for its answer.
+const SLOW = 6000;
 
 export const session = signal(null); // what /dashboard/session says, or null before anybody signed in
 export const ended = signal(false); // the session of `session` is over: the sign-in card stands over the room
