@@ -6078,10 +6078,6 @@ def swagger_file(name: str) -> Page:
     return Page((SWAGGER / name).read_bytes(), "text/javascript; charset=utf-8", cache=300)
 
 
-# What a browser that was led to AUTH is told of an address without a page, by the code of the error.
-NO_PAGE = {"not_found": "no_page", "method_not_allowed": "method_not_allowed"}
-
-
 class App:
     """The WSGI application of a port.
 
@@ -6149,9 +6145,10 @@ class App:
         # X-Not-Found tells a client an unknown route from an unknown object. Only Allow is taken from Bottle's error.
         problem = Problem(code, headers=[("X-Not-Found", "route")] if code == "not_found" else ())
         environ = bottle.request.environ
-        if self.name == "auth" and self.idp.options.enable_pkce and code in NO_PAGE and is_navigation(environ):
+        is_missing = code in ("not_found", "method_not_allowed")
+        if self.name == "auth" and self.idp.options.enable_pkce and is_missing and is_navigation(environ):
             self.answer.log_refusal(environ, code, problem.status, "no page has this address")
-            result = show_problem(self.idp, problem, environ, NO_PAGE[code])
+            result = show_problem(self.idp, problem, environ, "no_page" if code == "not_found" else code)
         else:
             result = render_problem(problem, False, environ)
         content = self.to_bottle(result, environ)
