@@ -20,7 +20,7 @@ export const proofAsked = signal(null); // {resolve, reject} of a request that n
 const KEPT = "form-token"; // in sessionStorage, which is of this tab and of this port alone: a cookie is of every port
 const tabs = new BroadcastChannel(KEPT); // those of this console: one that is opened asks the others with ""
 let formToken = "";
-let heard = () => {}; // what the answer of another tab goes to
+let heard = null; // what the answer of another tab goes to, while one is waited for
 let skew = 0; // milliseconds that the box is ahead of this computer
 const waiting = []; // reads that go on when somebody has signed in
 
@@ -132,15 +132,18 @@ function keep(token) {
 tabs.onmessage = ({ data }) => {
   if (!data && formToken) tabs.postMessage(formToken);
   if (!data || data === formToken) return;
-  keep(data); // another tab has signed in anew, or answers
-  heard(data);
-  if (session.value) resume().catch(() => {});
+  keep(data); // another tab has signed in anew, or answers: perhaps late, when the sign-in stands here already
+  if (heard) heard(data);
+  else resume().catch(() => {});
 };
 
 /** The form token of another tab, or "" if none answers. */
 const askTabs = () => new Promise((resolve) => {
-  heard = resolve;
-  setTimeout(() => resolve(""), 200);
+  heard = (token) => {
+    heard = null;
+    resolve(token);
+  };
+  setTimeout(heard, 200, "");
   tabs.postMessage("");
 });
 
