@@ -6148,7 +6148,7 @@ class App:
         is_missing = code in ("not_found", "method_not_allowed")
         if self.name == "auth" and self.idp.options.enable_pkce and is_missing and is_navigation(environ):
             self.answer.log_refusal(environ, code, problem.status, "no page has this address")
-            result = show_problem(self.idp, problem, environ, "no_page" if code == "not_found" else code)
+            result: Page | Reply = show_problem(self.idp, problem, environ, "no_page" if code == "not_found" else code)
         else:
             result = render_problem(problem, False, environ)
         content = self.to_bottle(result, environ)
