@@ -564,8 +564,8 @@ COMMANDS = {
             "upgrade FILE", "replace the program by a newer archive; goes back by itself if that does not become ready",
             run_upgrade_steps,
             (
-                "FILE [--unsigned | --trusted-keys KEYS] [--downgrade] [--dry-run] [--yes] [--no-backup] "
-                "[--wait SECONDS]",
+                "FILE [--unsigned | --trusted-keys KEYS] [--downgrade] [--yes | --dry-run] ...",
+                "FILE ... [--no-backup] [--wait SECONDS]",
                 "--at-data -",
             ),
             "Check the signature FILE.sig and the self-test of a newer archive, make a backup, replace the file that "
