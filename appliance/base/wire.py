@@ -1364,7 +1364,7 @@ class Server(cheroot.wsgi.Server):
         try:
             outcomes = self.run_together(steps())
         except BaseException as error:  # whatever it is, each is told
-            outcomes = [error] * len(taken)
+            outcomes = itertools.repeat(error, len(taken))  # no list: there may be no memory for one
         for conn, outcome in zip(taken, outcomes, strict=True):
             if conn.finish(outcome):
                 self.put_conn(conn)
