@@ -185,7 +185,7 @@ class TestMark:
         before = mark_of(folder)
         with hold_database(str(folder / "mad.db3")):
             assert mark_of(folder) == before
-            with pytest.raises(StartupError, match=f"as process {os.getpid()}$"), hold_database(str(folder / "mad.db3")):
+            with pytest.raises(StartupError, match=f"as process {os.getpid()}: stop it first$"), hold_database(str(folder / "mad.db3")):
                 pass
 
     def test_a_commit_stands_whatever_happens_to_its_mark(self, copy, monkeypatch):

@@ -105,14 +105,26 @@ def overwrite(path, at, content):
         file.write(content)
 
 
-def middle_page(path):
-    """Where a page in the middle of a database begins, one that the log beside it does not replace."""
+def logged_pages(path):
+    """The numbers of the pages that the log beside a database replaces."""
     log = path.with_name(path.name + "-wal")
     frames = log.read_bytes()[32:] if log.exists() else b""
-    logged = {int.from_bytes(frames[at : at + 4], "big") for at in range(0, len(frames), 24 + 4096)}
-    page = path.stat().st_size // 8192 + 1
+    return {int.from_bytes(frames[at : at + 4], "big") for at in range(0, len(frames), 24 + 4096)}
+
+
+def middle_page(path):
+    """Where a page in the middle of a database begins, one that the log beside it does not replace."""
+    logged, page = logged_pages(path), path.stat().st_size // 8192 + 1
     while page in logged:
         page += 1
+    return (page - 1) * 4096
+
+
+def last_page(path):
+    """Where the last page of a database begins that the log beside it does not replace."""
+    logged, page = logged_pages(path), path.stat().st_size // 4096
+    while page in logged:
+        page -= 1
     return (page - 1) * 4096
 
 
@@ -124,7 +136,7 @@ DATABASE = {
     "a page in the middle overwritten": lambda path: overwrite(path, middle_page(path), os.urandom(4096)),
     "cut in half": lambda path: os.truncate(path, path.stat().st_size // 8192 * 4096),
     "cut within a page": lambda path: os.truncate(path, path.stat().st_size // 8192 * 4096 + 100),
-    "the last page gone": lambda path: os.truncate(path, path.stat().st_size - 4096),
+    "the last page gone": lambda path: os.truncate(path, last_page(path)),
     "empty": lambda path: os.truncate(path, 0),
     "something else": lambda path: path.write_text("not a database\n" * 10_000),
 }
