@@ -46,11 +46,11 @@ def basic(name, secret):
     return "Basic " + base64.b64encode(f"{name}:{secret}".encode()).decode()
 
 
-def call(port, path, body=None, **headers):
+def call(port, path, body=None, method="POST", **headers):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     try:
         connection.request(
-            "POST" if body is not None else "GET", path, body, (FORM if body is not None else {}) | headers
+            method if body is not None else "GET", path, body, (FORM if body is not None else {}) | headers
         )
         answer = connection.getresponse()
         return answer.status, answer.read()
@@ -217,8 +217,12 @@ class Ours:
             call(self.admin, "/token", f"username=admin&password={self.root_password}&client_id=bench")[1]
         )["access_token"]
         self.bearer = bearer
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer " + bearer}
+        grants = json.dumps({"grant_types": ["client_credentials", "password", "refresh_token"]})
+        status, said = call(self.admin, "/clients/" + self.client["MAD_CLIENT_ID"], grants, "PUT", **headers)
+        assert status == 200, said
         body = json.dumps({"username": "ann", "email": "ann@example.org", "password": PASSWORD})
-        call(self.admin, "/users", body, **{"Content-Type": "application/json", "Authorization": "Bearer " + bearer})
+        call(self.admin, "/users", body, **headers)
         token = json.loads(call(self.port, "/token", "grant_type=client_credentials", Authorization=self.auth)[1])[
             "access_token"
         ]
