@@ -837,6 +837,7 @@ def costs(ours, seconds=1.0):
     import httptools
 
     import microauthd as m
+    from appliance.base.keys import ECDSA_SHA256
 
     idp = ours.open()
 
@@ -880,7 +881,7 @@ def costs(ours, seconds=1.0):
         left.recv(65536)
 
     parts = {
-        "the ES256 signature (OpenSSL)": lambda: key.private.sign(message, m.ECDSA_SHA256),
+        "the ES256 signature (OpenSSL)": lambda: key.private.sign(message, ECDSA_SHA256),
         "the token: claims to JSON, base64url, signature": lambda: ring.mint(key, m.AT_JWT, claims),
         "a remembered client secret (HMAC-SHA-256)": lambda: idp.verified_client_secrets.contains(stored, secret, now),
         "the whole application: form, client, scopes, rules, token, JSON, row and audit row queued": request,
