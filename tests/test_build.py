@@ -3,6 +3,7 @@
 import ast
 import base64
 import errno
+import importlib
 import json
 import os
 import random
@@ -319,3 +320,26 @@ class TestSigning:
     def test_the_archive_carries_the_keys_it_trusts(self):
         with zipfile.ZipFile(ARCHIVE) as archive:
             assert "site-packages/appliance/trusted-keys" in archive.namelist()
+
+
+class TestTheBench:
+    """It takes too long to be run here, so what it uses of the program is looked for."""
+
+    def test_all_that_it_imports_is_there(self):
+        tree = ast.parse((ROOT / "build" / "bench" / "bench.py").read_text())
+        imports = [
+            (node.module, alias.name)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in ("appliance", "microauthd")
+            for alias in node.names
+        ]
+        used = [
+            ("microauthd", node.attr)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "m"
+        ]
+        assert len(imports) > 5 and len(used) > 5
+        missing = [
+            name for module, name in [*imports, *used] if not hasattr(importlib.import_module(module), name)
+        ]
+        assert missing == []
