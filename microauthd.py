@@ -5602,12 +5602,14 @@ def paged_reply(params, rows, total, last="", following: dict | None = None) -> 
     )
     by_id = is_by_id and not query.offset
     targets: dict[str, tuple] = {}
+    if following is None:
+        following = {}
+        if by_id and len(rows) == query.limit and (query.after is not None or len(rows) < total):
+            following = {"after": last or rows[-1].id}
+        elif not by_id and rows and query.offset + len(rows) < total:
+            following = {"offset": query.offset + len(rows)}
     if following:
         targets["next"] = tuple(following.items())
-    elif following is None and by_id and len(rows) == query.limit and (query.after is not None or len(rows) < total):
-        targets["next"] = (("after", last or rows[-1].id),)
-    elif following is None and not by_id and rows and query.offset + len(rows) < total:
-        targets["next"] = (("offset", query.offset + len(rows)),)
     if query.offset:
         targets |= {"prev": (("offset", max(0, query.offset - query.limit)),), "first": (("offset", 0),)}
     elif (by_id and query.after is not None) or getattr(query, "before", None) is not None:
@@ -5807,10 +5809,15 @@ class Answer:
             )
         if route.html:
             return show_problem(self.idp, problem, environ)
-        is_page_missing = route.paths[0] == PUBLIC_PATH and problem.code == "not_found"
-        if is_page_missing and self.idp.options.enable_pkce and is_navigation(environ):
-            return show_problem(self.idp, problem, environ, "no_page")
+        if route.paths[0] == PUBLIC_PATH and problem.code == "not_found":
+            return self.render_missing(environ, problem)
         return render_problem(problem, route.oauth, environ)
+
+    def render_missing(self, environ, problem) -> Page | Reply:
+        """Return the answer where no page is, or none for this method: the error page if a browser would show it."""
+        if not (self.idp.options.enable_pkce and is_navigation(environ)):
+            return render_problem(problem, False, environ)
+        return show_problem(self.idp, problem, environ, "no_page" if problem.code == "not_found" else "")
 
     def log_refusal(self, environ, code, status, reason, route=None):
         self.idp.log(
@@ -6145,12 +6152,12 @@ class App:
         # X-Not-Found tells a client an unknown route from an unknown object. Only Allow is taken from Bottle's error.
         problem = Problem(code, headers=[("X-Not-Found", "route")] if code == "not_found" else ())
         environ = bottle.request.environ
-        is_missing = code in ("not_found", "method_not_allowed")
-        if self.name == "auth" and self.idp.options.enable_pkce and is_missing and is_navigation(environ):
+        is_missing = self.name == "auth" and code in ("not_found", "method_not_allowed")
+        result = (
+            self.answer.render_missing(environ, problem) if is_missing else render_problem(problem, False, environ)
+        )
+        if isinstance(result, Page):
             self.answer.log_refusal(environ, code, problem.status, "no page has this address")
-            result: Page | Reply = show_problem(self.idp, problem, environ, "no_page" if code == "not_found" else code)
-        else:
-            result = render_problem(problem, False, environ)
         content = self.to_bottle(result, environ)
         self.count(environ, NO_ROUTE, bottle.response.status_code, time.perf_counter())
         if allow := error.get_header("Allow"):
