@@ -467,18 +467,17 @@ CONNECTIONS_SHARE, MOST_CONNECTIONS = 1 / 4, 16384
 def memory_bytes() -> int:
     """Return how much memory this process may take: the machine's, or that of its control group if that is less.
 
-    cgroups(7); in a container the path is that of its own root.
+    Each group above limits it too; in a container the path is below a root that is not shown. cgroups(7)
     """
-    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with contextlib.suppress(OSError, StopIteration), open("/proc/self/cgroup") as file:
-        path = next(line[3:].strip() for line in file if line.startswith("0::"))
-        while path := path.rstrip("/"):
-            with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup{path}/memory.max") as limit:
-                found = min(found, int(limit.read()))  # or the word max
-            path = path.rpartition("/")[0]
-    with contextlib.suppress(OSError, ValueError), open("/sys/fs/cgroup/memory.max") as limit:
-        found = min(found, int(limit.read()))
-    return found
+    found, path = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), ""
+    with contextlib.suppress(OSError), open("/proc/self/cgroup") as file:
+        path = next((line[3:].strip().rstrip("/") for line in file if line.startswith("0::")), "")
+    while True:
+        with contextlib.suppress(OSError, ValueError), open(f"/sys/fs/cgroup{path}/memory.max") as limit:
+            found = min(found, int(limit.read()))  # or the word max
+        if not path:
+            return found
+        path = path.rpartition("/")[0]
 
 
 def grant_connections(servers: int, ports: int) -> Limits:

@@ -1,6 +1,5 @@
 """Which release an archive is of, and which release may take the place of which."""
 
-import json
 import re
 import zipfile
 
@@ -45,7 +44,7 @@ def read_release(archive: str) -> Release | None:
     """
     try:
         with zipfile.ZipFile(archive) as file, file.open(MEMBER) as member:
-            return msgspec.convert(json.loads(member.read(MEMBER_MOST)), Release)
+            return msgspec.json.decode(member.read(MEMBER_MOST), type=Release)
     except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, NotImplementedError, RuntimeError):
         return None
 
