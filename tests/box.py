@@ -22,6 +22,17 @@ BUILT = {}  # what distinguishes boxes: a client, ports, and the files of one th
 CHEAP = {"MAD_ARGON2ID_TIME": "1", "MAD_ARGON2ID_MEMORY": "8192", "MAD_ARGON2ID_PARALLELISM": "1"}
 
 
+# The administrator and the first client of an answers file.
+ANSWERS = """
+[admin]
+username = "root"
+email = "root@example.org"
+password = "an administrator's phrase"
+[client]
+client_id = "app"
+"""
+
+
 def free_port():
     """A port nobody has, below those the kernel gives to clients: one of a crowd could have it before the box listens."""
     while True:
@@ -31,12 +42,17 @@ def free_port():
             return port
 
 
+def state_of(pid):
+    """proc_pid_stat(5); X when there is none any more."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
 def runs(pid):
     """Whether a process has not ended. One without a parent is a zombie until init waits for it, perhaps for seconds."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"  # proc_pid_stat(5)
-    except OSError:
-        return False
+    return state_of(pid) not in "ZX"
 
 
 class Answer:

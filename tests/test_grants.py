@@ -193,19 +193,33 @@ class TestTokenAnswer:
         change("UPDATE client SET revoked_before = :ms", ms=idp.now_ms() + 5)
         assert auth.get("/me", bearer=auth.post("/token", MACHINE, auth=service).json["access_token"]).status == 200
 
+    @pytest.fixture
+    def token_after(self, auth, service, alice, log_in, monkeypatch):
+        """Ask for a token of alice; something is done when the grant is proven and nothing is issued yet."""
+
+        def call(grant, act):
+            form = {
+                "grant_type": grant, "username": "alice", "password": PASSWORD,
+                "refresh_token": log_in(alice)["refresh_token"],
+            }
+            proven = m.GRANTS[grant]
+
+            def slowly(idp, client, params):
+                granted = proven(idp, client, params)
+                act()
+                return granted
+
+            monkeypatch.setitem(m.GRANTS, grant, slowly)
+            return auth.post("/token", form, auth=service)
+
+        return call
+
     @pytest.mark.parametrize("meanwhile", ["deactivated", "deleted", "password reset", "logged out everywhere"])
     @pytest.mark.parametrize("grant, status", [("password", 403), ("refresh_token", 400)])
     def test_what_happens_to_a_user_between_login_and_issue_counts(
-        self, idp, auth, service, alice, log_in, clock, change, monkeypatch, meanwhile, grant, status
+        self, idp, alice, clock, change, token_after, meanwhile, grant, status
     ):
-        form = {
-            "grant_type": grant, "username": "alice", "password": PASSWORD,
-            "refresh_token": log_in(alice)["refresh_token"],
-        }
-        proven = m.GRANTS[grant]
-
-        def slowly(idp, client, params):
-            granted = proven(idp, client, params)
+        def act():
             clock.pass_(1)
             if meanwhile == "deactivated":
                 change("UPDATE account SET is_active = 0")
@@ -216,10 +230,8 @@ class TestTokenAnswer:
             if meanwhile in ("password reset", "logged out everywhere"):
                 m.revoke_user(idp, m.LOCAL.acting_as("root"), alice.id, "reset")
             clock.pass_(1)
-            return granted
 
-        monkeypatch.setitem(m.GRANTS, grant, slowly)
-        answer = auth.post("/token", form, auth=service)
+        answer = token_after(grant, act)
         assert (answer.status, answer.json["error"]) == (status, "invalid_grant")
 
     @pytest.mark.parametrize("grant", ["password", "refresh_token"])
@@ -232,22 +244,13 @@ class TestTokenAnswer:
         ("UPDATE client SET is_active = 0 WHERE client_id <> 'service'", None),
     ])
     def test_what_happens_to_a_client_between_login_and_issue_counts(
-        self, idp, auth, service, alice, log_in, monkeypatch, statement, expected, grant
+        self, idp, token_after, statement, expected, grant
     ):
-        form = {
-            "grant_type": grant, "username": "alice", "password": PASSWORD,
-            "refresh_token": log_in(alice)["refresh_token"],
-        }
-        proven = m.GRANTS[grant]
-
-        def slowly(idp, client, params):
-            granted = proven(idp, client, params)
+        def act():
             idp.store.connection.execute("PRAGMA foreign_keys = OFF")
             idp.store.connection.execute(statement)
-            return granted
 
-        monkeypatch.setitem(m.GRANTS, grant, slowly)
-        assert auth.post("/token", form, auth=service).json.get("error") == expected
+        assert token_after(grant, act).json.get("error") == expected
 
     def test_a_retry_is_looked_for_only_if_the_refresh_token_cannot_be_spent(self, idp, auth, service, alice, log_in):
         """A login has as many rows as it was refreshed: no refresh may read them all."""

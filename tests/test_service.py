@@ -22,7 +22,7 @@ from types import SimpleNamespace
 import pexpect
 import pytest
 import yaml
-from box import ARCHIVE, CHEAP, PROGRAM, ROOT, Box, free_port
+from box import ANSWERS, ARCHIVE, CHEAP, PROGRAM, ROOT, Box, free_port, runs
 from conftest import in_child
 from appliance.base import StartupError
 from appliance.base.settings import (
@@ -274,7 +274,7 @@ class TestHangUp:
     def ends(self, pid, seconds):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            if not Path(f"/proc/{pid}").exists() or ") Z" in Path(f"/proc/{pid}/stat").read_text():
+            if not runs(pid):
                 return True
             time.sleep(0.05)
         return False
@@ -822,14 +822,6 @@ class TestUnit:
 
 # -- settings of root, data of the server --
 
-ANSWERS = """
-[admin]
-username = "root"
-email = "root@example.org"
-password = "an administrator's phrase"
-[client]
-client_id = "app"
-"""
 SERVER = 12345  # a uid that nobody has
 
 

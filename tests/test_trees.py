@@ -21,7 +21,7 @@ from pathlib import Path
 import box as kit
 import jwt
 import pytest
-from box import ARCHIVE, ROOT, Box
+from box import ANSWERS, ARCHIVE, ROOT, Box
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from test_upgrade import CHANGES, NEW, repack
 from microauthd import VERSION
@@ -178,20 +178,14 @@ MAGIC = {
     "aarch64": r":\x7f\x45\x4c\x46\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\xb7\x00"
     r":\xff\xff\xff\xff\xff\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff\xff\xfe\xff\xff\xff"
 }
-ANSWERS = """
+DEVICE_ANSWERS = """
 auth-port = {}
 admin-port = {}
 workers = 1
 argon2id-time = 1
 argon2id-memory = 8192
 argon2id-parallelism = 1
-[admin]
-username = "root"
-email = "root@example.org"
-password = "an administrator's phrase"
-[client]
-client_id = "app"
-audience = "api"
+""" + ANSWERS + """audience = "api"
 scopes = ["api:read"]
 """
 
@@ -291,7 +285,7 @@ class TestService:
         served.mkdir(exist_ok=True)  # unpacked only, the package base-files has not made it
         trusted = self.releases(served)
         shutil.copy(ARCHIVE, served / "microauthd.pyz")
-        (served / "answers.toml").write_text(ANSWERS.format(box.auth_port, box.admin_port))
+        (served / "answers.toml").write_text(DEVICE_ANSWERS.format(box.auth_port, box.admin_port))
         status, said = device.run(
             "python3", "-I", "/srv/microauthd.pyz", "install", "--yes", "--answers", "/srv/answers.toml"
         )

@@ -14,7 +14,7 @@ import types
 
 import box as box_module
 import pytest
-from box import PROGRAM, ROOT, Box
+from box import PROGRAM, ROOT, Box, runs, state_of
 from crowd import Administrator, Crowd, Patron, Service, await_true, basic, request, sockets_of
 from test_flows import make_certificate
 from appliance.base.metrics import Counters
@@ -52,15 +52,6 @@ def hasty(folder, change, **settings):
     assert "Traceback" not in box.said()
 
 
-def state_of(pid):
-    """proc_pid_stat(5); X when there is none any more."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except OSError:
-        return "X"
-
-
 def stop(pid):
     """SIGSTOP, and wait for it."""
     os.kill(pid, signal.SIGSTOP)
@@ -73,7 +64,7 @@ def kill(box, pid):
     held = sockets_of(pid)
     os.kill(pid, signal.SIGKILL)
     # Until then a request can still be sent to it.
-    await_true(lambda: state_of(pid) in "ZX", PATIENCE, "it does not die")
+    await_true(lambda: not runs(pid), PATIENCE, "it does not die")
     return held, time.monotonic()
 
 
